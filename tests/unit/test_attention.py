@@ -1,0 +1,285 @@
+"""Every fast path against the dense oracle: odd shapes, dtypes, batches, extremes."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vsf_core import (
+    TokenLayout,
+    cross_attention,
+    cross_attention_reference,
+    joint_attention,
+    joint_attention_masked,
+    joint_attention_reference,
+    lse_attention,
+)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 4e-3}
+
+
+def black_box(q, k, v, mask):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def relative(a, b):
+    """max|a - b| / max|b|, the project's error measure."""
+    return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+
+
+def make(layout, *, batch=1, heads=2, dim=64, dtype=torch.float32, spread=1.0, seed=0):
+    """Random q, k, v [B, H, L, D] as strided views, with logits spread over about +-``spread``."""
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(batch, layout.length, heads, dim, generator=g).transpose(1, 2) for _ in range(3))
+    logits = (q @ k.transpose(-1, -2)).abs().max() * dim**-0.5
+    return (q * (spread / logits)).to(dtype), k.to(dtype), v.to(dtype)
+
+
+def run_joint(path, q, k, v, layout, alpha, bias, padding=None):
+    if path == "merge":
+        attend = lse_attention(q.device, q.dtype, q.shape[-1])
+        assert attend is not None, "this machine's own attention must pass the probe"
+        return joint_attention(q, k, v, layout, alpha, bias, attend, padding)
+    return joint_attention_masked(q, k, v, layout, alpha, bias, black_box, padding)
+
+
+def oracle(q, k, v, layout, alpha, bias, padding=None):
+    bias = torch.full((1, 1, 1), math.inf) if bias is None else bias
+    return joint_attention_reference(*(t.double() for t in (q, k, v)), layout, alpha.double(), bias.double(), padding)
+
+
+PATHS = pytest.mark.parametrize("path", ["merge", "masked"])
+
+
+@PATHS
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", ["NPI", "IPN", "PNI", "INP"])
+@pytest.mark.parametrize(
+    ("image", "positive", "negative", "batch", "heads", "dim"),
+    [
+        (63, 17, 1, 1, 2, 64),
+        (49, 0, 5, 2, 3, 80),
+        (130, 77, 77, 1, 1, 128),
+        (1, 1, 1, 4, 2, 64),
+        (257, 3, 40, 3, 2, 128),
+    ],
+)
+def test_shapes(path, dtype, order, image, positive, negative, batch, heads, dim):
+    layout = TokenLayout(image, positive, negative, order)
+    q, k, v = make(layout, batch=batch, heads=heads, dim=dim, dtype=DTYPES[dtype], spread=4.0)
+    alpha, bias = torch.full((1, 1, 1), 3.3), torch.full((1, 1, 1), 0.2)
+    expected = oracle(q, k, v, layout, alpha, bias)
+    assert relative(run_joint(path, q, k, v, layout, alpha, bias), expected) < TOLERANCE[dtype]
+
+
+@PATHS
+@pytest.mark.parametrize("alpha", [-10.0, -1.0, 0.0, 1.5, 10.0])
+@pytest.mark.parametrize("beta", [-0.6, 0.0, 0.2, 10.0, 60.0, math.inf])
+@pytest.mark.parametrize("spread", [0.0, 5.0, 50.0])
+def test_extremes(path, alpha, beta, spread):
+    layout = TokenLayout(61, 13, 9)
+    q, k, v = make(layout, batch=2, spread=spread)
+    alphas, bias = torch.full((1, 1, 1), alpha), torch.full((1, 1, 1), beta)
+    result = run_joint(path, q, k, v, layout, alphas, bias)
+    assert torch.isfinite(result).all()
+    assert relative(result, oracle(q, k, v, layout, alphas, bias)) < 1e-5
+
+
+@PATHS
+@pytest.mark.parametrize("where", ["token", "image", "both", "batch"])
+def test_bias_and_alpha_per_token(path, where):
+    layout = TokenLayout(50, 11, 7)
+    q, k, v = make(layout, batch=3, spread=6.0)
+    g = torch.Generator().manual_seed(1)
+    shape = {"token": (1, 1, 7), "image": (1, 50, 1), "both": (3, 50, 7), "batch": (3, 1, 1)}[where]
+    bias = torch.randn(shape, generator=g)
+    bias.view(-1)[0] = math.inf
+    alpha = torch.rand(3, 7, 1, generator=g) * 4
+    expected = oracle(q, k, v, layout, alpha, bias)
+    assert relative(run_joint(path, q, k, v, layout, alpha, bias), expected) < 1e-5
+
+
+@PATHS
+def test_batch_in_which_some_entries_have_no_negative(path):
+    """Padding is +inf for the image and masked from N0; an entry that is all padding equals plain attention."""
+    layout = TokenLayout(50, 11, 7)
+    q, k, v = make(layout, batch=3, spread=6.0)
+    padding = torch.tensor([[False] * 7, [False] * 4 + [True] * 3, [True] * 7])
+    bias = torch.full((3, 1, 1), 0.2)
+    alpha = torch.full((3, 7, 1), 3.3)
+    result = run_joint(path, q, k, v, layout, alpha, bias, padding)
+    assert torch.isfinite(result).all()
+    assert relative(result, oracle(q, k, v, layout, alpha, bias, padding)) < 1e-5
+    # entry 1 alone, its padding removed, gives the same image and the same four negative tokens
+    alone = TokenLayout(50, 11, 4)
+    keep = torch.cat((torch.arange(4), torch.arange(7, layout.length)))
+    qs, ks, vs = (t[1:2, :, keep] for t in (q, k, v))
+    single = run_joint(path, qs, ks, vs, alone, alpha[1:2, :4], bias[1:2])
+    assert relative(result[1:2, :, keep], single) < 1e-5
+    # entry 2 is the model's own attention
+    main = slice(7, layout.length)
+    plain = F.scaled_dot_product_attention(q[2:, :, main], k[2:, :, main], v[2:, :, main])
+    assert relative(result[2:, :, main], plain) < 1e-6
+
+
+@PATHS
+def test_block_that_is_not_selected(path):
+    """bias None: the image's rows are plain attention whatever N is, while N0 goes on attending to [I, N0]."""
+    layout = TokenLayout(50, 11, 7)
+    q, k, v = make(layout, spread=6.0)
+    result = run_joint(path, q, k, v, layout, torch.ones(1, 1, 1), None)
+    assert relative(result, oracle(q, k, v, layout, torch.ones(1, 1, 1), None)) < 1e-5
+    k2, v2 = k.clone(), v.clone()
+    k2[:, :, layout.span("N")] += 1
+    v2[:, :, layout.span("N")] -= 1
+    other = run_joint(path, q, k2, v2, layout, torch.ones(1, 1, 1), None)
+    assert torch.equal(other[:, :, layout.span("I")], result[:, :, layout.span("I")])
+    assert not torch.equal(other[:, :, layout.span("N")], result[:, :, layout.span("N")])
+
+
+@PATHS
+@pytest.mark.parametrize("group", ["P", "N"])
+def test_isolation(path, group):
+    """P never depends on N; N0 never depends on P (Listing 1's mask)."""
+    layout = TokenLayout(50, 11, 7)
+    q, k, v = make(layout, spread=6.0)
+    other = layout.span({"P": "N", "N": "P"}[group])
+    before = run_joint(path, q, k, v, layout, torch.full((1, 1, 1), 3.3), torch.zeros(1, 1, 1))
+    for t in (q, k, v):
+        t[:, :, other] += 1.0
+    after = run_joint(path, q, k, v, layout, torch.full((1, 1, 1), 3.3), torch.zeros(1, 1, 1))
+    assert relative(after[:, :, layout.span(group)], before[:, :, layout.span(group)]) < 1e-6
+    assert relative(after[:, :, layout.span("I")], before[:, :, layout.span("I")]) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("spread", [1.0, 10.0, 50.0])
+@pytest.mark.parametrize("alpha", [-5.0, 3.3, 10.0])
+@pytest.mark.parametrize("uniform", [True, False], ids=["uniform", "per-token"])
+def test_half_precision_is_no_further_from_fp64_than_twice_the_dense_path(dtype, spread, alpha, uniform):
+    layout = TokenLayout(200, 40, 16)
+    dense_worst = merge_worst = 0.0
+    for seed in range(4):
+        q, k, v = make(layout, dtype=DTYPES[dtype], spread=spread, seed=seed)
+        alphas = torch.full((1, 1, 1), alpha)
+        bias = torch.full((1, 1, 1 if uniform else 16), 0.2)
+        expected = oracle(q, k, v, layout, alphas, bias)
+        dense_worst = max(dense_worst, relative(joint_attention_reference(q, k, v, layout, alphas, bias), expected))
+        merge_worst = max(merge_worst, relative(run_joint("merge", q, k, v, layout, alphas, bias), expected))
+    assert merge_worst <= 2 * dense_worst
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("image", "positive", "negative", "batch"), [(1, 1, 1, 1), (333, 64, 9, 2), (40, 512, 77, 1)])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_cross_attention(dtype, image, positive, negative, batch, per_token):
+    g = torch.Generator().manual_seed(0)
+    q, k, v, kn, vn = (
+        torch.randn(batch, 2, length, 64, generator=g).to(DTYPES[dtype])
+        for length in (image, positive, positive, negative, negative)
+    )
+    alpha = torch.rand(batch, negative, 1, generator=g) * 4
+    bias = torch.rand(batch, 1, negative if per_token else 1, generator=g)
+    double = (t.double() for t in (q, k, v, kn, vn, alpha, bias))
+    attend = lse_attention(q.device, q.dtype, 64)
+    assert (
+        relative(cross_attention(q, k, v, kn, vn, alpha, bias, attend), cross_attention_reference(*double))
+        < (TOLERANCE[dtype])
+    )
+
+
+def test_appendix_b_identity():
+    """W Z+ - alpha (1 - W) Z- with the paper's W is Eq. 9's single softmax."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v, kn, vn = (torch.randn(1, 2, n, 64, generator=g, dtype=torch.float64) for n in (30, 12, 12, 5, 5))
+    a_pos, a_neg = (torch.exp(q @ t.transpose(-1, -2) / 8.0) for t in (k, kn))
+    w = a_pos.sum(-1, keepdim=True) / (a_pos.sum(-1, keepdim=True) + a_neg.sum(-1, keepdim=True))
+    z_pos = a_pos / a_pos.sum(-1, keepdim=True) @ v
+    z_neg = a_neg / a_neg.sum(-1, keepdim=True) @ vn
+    by_hand = w * z_pos - 3.3 * (1 - w) * z_neg
+    alpha, bias = torch.full((1, 1, 1), 3.3, dtype=torch.float64), torch.zeros(1, 1, 1, dtype=torch.float64)
+    assert relative(cross_attention_reference(q, k, v, kn, vn, alpha, bias), by_hand) < 1e-12
+
+
+def test_rows_are_chunked(monkeypatch):
+    """Many small chunks give the result of one, for a bias per image token too."""
+    layout = TokenLayout(101, 11, 7)
+    q, k, v = make(layout, batch=2, spread=6.0)
+    bias = torch.rand(1, 101, 7)
+    for path in ("merge", "masked"):
+        whole = run_joint(path, q, k, v, layout, torch.ones(1, 1, 1), bias)
+        with monkeypatch.context() as m:
+            m.setattr("vsf_core.attention.SLIVER_BYTES", 2 * 2 * 64 * 4 * 10)
+            assert relative(run_joint(path, q, k, v, layout, torch.ones(1, 1, 1), bias), whole) < 1e-6
+
+
+def test_black_box_respects_a_key_mask():
+    layout = TokenLayout(50, 11, 7)
+    q, k, v = make(layout, spread=6.0)
+    keep = [j for j in range(layout.length) if j not in (9, 10)]  # two of P's tokens
+    key_mask = torch.zeros(1, 1, 1, layout.length)
+    key_mask[..., [9, 10]] = -math.inf
+    alpha, bias = torch.full((1, 1, 1), 3.3), torch.full((1, 1, 1), 0.2)
+    masked = joint_attention_masked(q, k, v, layout, alpha, bias, black_box, key_mask=key_mask)
+    short = TokenLayout(50, 9, 7)
+    expected = joint_attention_reference(q[:, :, keep], k[:, :, keep], v[:, :, keep], short, alpha, bias)
+    assert relative(masked[:, :, keep], expected) < 1e-5
+    hidden = joint_attention_masked(q, k, v, layout, alpha, None, black_box, key_mask=key_mask)
+    plain = oracle(q[:, :, keep], k[:, :, keep], v[:, :, keep], short, alpha, None)
+    assert relative(hidden[:, :, keep], plain) < 1e-5
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    data=st.data(),
+    image=st.integers(1, 40),
+    positive=st.integers(0, 20),
+    negative=st.integers(1, 12),
+    batch=st.integers(1, 3),
+    order=st.permutations("IPN"),
+    dim=st.sampled_from([8, 24, 64, 100]),
+)
+def test_random_layouts(data, image, positive, negative, batch, order, dim):
+    layout = TokenLayout(image, positive, negative, "".join(order))
+    q, k, v = make(layout, batch=batch, dim=dim, spread=data.draw(st.floats(0, 50)), seed=data.draw(st.integers(0, 99)))
+    one = st.booleans()
+    shape = (batch, image if data.draw(one) else 1, negative if data.draw(one) else 1)
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    bias = torch.randn(shape, generator=g) * 5
+    bias[torch.rand(shape, generator=g) < 0.2] = math.inf
+    alpha = torch.randn(batch, negative, 1, generator=g) * 5
+    padding = torch.rand(batch, negative, generator=g) < 0.3 if data.draw(one) else None
+    expected = oracle(q, k, v, layout, alpha, bias, padding)
+    for path in ("merge", "masked"):
+        result = run_joint(path, q, k, v, layout, alpha, bias, padding)
+        if padding is not None:  # rows of padding are nobody's business
+            n = layout.span("N")
+            result[:, :, n] = result[:, :, n].masked_fill(padding[:, None, :, None], 0)
+            expected[:, :, n] = expected[:, :, n].masked_fill(padding[:, None, :, None], 0)
+        assert relative(result, expected) < 1e-5
+
+
+def test_layout_refuses_nonsense():
+    with pytest.raises(ValueError, match="permutation of 'IPN'"):
+        TokenLayout(1, 1, 1, "IPP")
+    with pytest.raises(ValueError, match="at least one image token"):
+        TokenLayout(0, 1, 1)
+
+
+def test_probe_refuses_a_wrong_log_sum_exp(monkeypatch):
+    from vsf_core import backends
+
+    def base_two(q, k, v, scale):
+        z, lse = backends.cpu_flash(q, k, v, scale)
+        return z, lse / math.log(2)
+
+    monkeypatch.setitem(backends.CANDIDATES, "cpu", (base_two,))
+    backends.lse_attention.cache_clear()
+    try:
+        assert backends.lse_attention(torch.device("cpu"), torch.float32, 64) is None
+    finally:
+        backends.lse_attention.cache_clear()

@@ -1,0 +1,33 @@
+"""Value Sign Flip (VSF): a negative prompt inside one attention call.
+
+The method in one line (the paper's Eq. 7-9), for an image query q, positive keys and values K+, V+ and negative ones
+K-, V-::
+
+    Z = W Z+  -  alpha (1 - W) Z-      W = sigmoid(lse+ - lse-)      lse- taken from  q K-^T / sqrt(d) - beta
+
+where ``Z+``/``lse+`` are the ordinary attention and its log-sum-exp over the positive keys, and ``Z-``/``lse-`` over
+the negative ones. This package is torch only: it knows nothing of ComfyUI and is usable from a plain script.
+"""
+
+from .attention import cross_attention, joint_attention, joint_attention_masked, merge_negative_
+from .backends import LSEAttention, lse_attention
+from .embeddings import content_length, extrapolate, null_embedding, whole_embedding_flip
+from .layout import TokenLayout
+from .reference import cross_attention_reference, joint_attention_reference, joint_mask
+
+__all__ = [
+    "LSEAttention",
+    "TokenLayout",
+    "content_length",
+    "cross_attention",
+    "cross_attention_reference",
+    "extrapolate",
+    "joint_attention",
+    "joint_attention_masked",
+    "joint_attention_reference",
+    "joint_mask",
+    "lse_attention",
+    "merge_negative_",
+    "null_embedding",
+    "whole_embedding_flip",
+]

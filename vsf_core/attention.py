@@ -1,0 +1,180 @@
+"""VSF as exact log-sum-exp merge: one ordinary attention plus a sliver of I x N, no mask, no second pass.
+
+``joint_attention`` and ``cross_attention`` need an attention that returns its log-sum-exp (``backends.py``);
+``joint_attention_masked`` computes the same through any black-box attention that takes an additive mask.
+
+Shapes: q, k, v [B, H, L, D]; lse [B, H, L], natural log, fp32; alpha [B or 1, N or 1, 1];
+bias (beta) [B or 1, I or 1, N or 1] in fp32, +inf meaning "never attend".
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from .backends import LSEAttention
+from .layout import TokenLayout
+
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""A black box: (q, k, v, additive mask or None) -> Z [B, H, Lq, D]."""
+
+SLIVER_BYTES = 32 * 2**20
+"""Most memory that a temporary of the image-times-negative sliver may take."""
+
+
+def merge_negative_(
+    z: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k_neg: Tensor,
+    v_neg: Tensor,
+    alpha: Tensor | float,
+    bias: Tensor,
+    attend: LSEAttention,
+    scale: float | None = None,
+) -> Tensor:
+    """In place: ``z <- W z - alpha (1 - W) softmax(S) V-``, ``S = q K-^T scale - beta``, ``W = sigmoid(lse - lse-)``.
+
+    ``z``, ``lse``: attention of ``q`` over the positive keys, which the negative ones now join. This is the softmax
+    over [K+, K-] with values [V+, -alpha V-], to the last rounding (the paper's Appendix B). alpha = -1 is a plain
+    softmax over both.
+    """
+    flipped = v_neg * (-alpha[:, None].to(v_neg.dtype) if isinstance(alpha, Tensor) else -alpha)
+    bias = bias[:, None]
+    # A bias that is the same for all negative keys moves out of their softmax: lse- = lse(q K-^T) - beta.
+    merge_rows = _merge_uniform_ if bias.shape[-1] == 1 else _merge_per_token_
+    for rows in _row_chunks(z, k_neg.shape[2]):
+        beta = bias[:, :, rows] if bias.shape[2] > 1 else bias
+        merge_rows(z[:, :, rows], lse[:, :, rows, None], q[:, :, rows], k_neg, flipped, beta, attend, scale)
+    return z
+
+
+def _merge_uniform_(
+    z: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, attend: LSEAttention, scale: float | None
+) -> None:
+    z_neg, lse_neg = attend(q, k, v, scale)
+    margin = lse - lse_neg[..., None] + bias
+    z.mul_(torch.sigmoid(margin)).addcmul_(z_neg, torch.sigmoid(-margin))  # weights stay fp32, one rounding each
+
+
+def _merge_per_token_(
+    z: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, attend: LSEAttention, scale: float | None
+) -> None:
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    # fp32 logits: at +-50 a bf16 logit is off by 0.2
+    logits = torch.matmul(q.float() * factor, k.float().transpose(-1, -2)) - bias
+    total = torch.logaddexp(lse, torch.logsumexp(logits, dim=-1, keepdim=True))
+    z.mul_(torch.exp(lse - total)).add_(torch.matmul(torch.exp(logits - total), v.float()))
+
+
+def _row_chunks(z: Tensor, negative: int) -> Iterator[slice]:
+    batch, heads, rows, dim = z.shape
+    per_row = batch * heads * max(dim, negative) * 4
+    step = max(1, SLIVER_BYTES // per_row)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def joint_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: TokenLayout,
+    alpha: Tensor,
+    bias: Tensor | None,
+    attend: LSEAttention,
+    padding: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """VSF for joint attention: equals ``joint_attention_reference`` without its mask.
+
+    ``bias`` None: the image does not see the negative here (beta = +inf); N0 still updates in isolation.
+    ``padding``: bool [B or 1, N], True where a negative token is only padding.
+    """
+    i, n = layout.span("I"), layout.span("N")
+    # N0's queries ride along and are overwritten below: cheaper than putting the result together from pieces.
+    z, lse = attend(q, layout.without_negative(k), layout.without_negative(v), scale)
+    if layout.negative == 0:
+        return z
+    if bias is not None:
+        hidden = bias if padding is None else bias.masked_fill(padding[:, None], torch.inf)
+        merge_negative_(z[:, :, i], lse[:, :, i], q[:, :, i], k[:, :, n], v[:, :, n], alpha, hidden, attend, scale)
+    z_n, lse_n = attend(q[:, :, n], k[:, :, i], v[:, :, i], scale)
+    visible = _padding_bias(padding, q)
+    z[:, :, n] = merge_negative_(z_n, lse_n, q[:, :, n], k[:, :, n], v[:, :, n], -1.0, visible, attend, scale)
+    return z
+
+
+def joint_attention_masked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: TokenLayout,
+    alpha: Tensor,
+    bias: Tensor | None,
+    attend: Attention,
+    padding: Tensor | None = None,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """``joint_attention`` through a black box: each group of queries gets a mask of one row (or a chunk of rows).
+
+    ``key_mask``: additive [B or 1, 1, 1, L] over the sequence's keys, e.g. -inf on padding of the text.
+    No L x L tensor exists: a bias that differs between image tokens is applied to a chunk of rows at a time.
+    """
+    i, p, n = layout.span("I"), layout.span("P"), layout.span("N")
+    rows = q.new_zeros(1, 1, 1, layout.length) if key_mask is None else key_mask.to(q.dtype)
+    visible = -_padding_bias(padding, q).to(q.dtype)[:, None]
+    out = torch.empty_like(q)
+
+    positive_rows = None if key_mask is None else layout.without_negative(rows.mT).mT
+    if bias is None:
+        out[:, :, i] = attend(q[:, :, i], layout.without_negative(k), layout.without_negative(v), positive_rows)
+    else:
+        flipped = v.clone()
+        flipped[:, :, n] *= -alpha[:, None].to(v.dtype)
+        for chunk in _row_chunks(q[:, :, i], layout.length):
+            beta = bias[:, chunk] if bias.shape[1] > 1 else bias
+            seen = visible - beta[:, None].to(q.dtype)
+            mask = _set_columns(rows, n, rows[..., n] + seen)
+            image = slice(i.start + chunk.start, i.start + chunk.stop) if bias.shape[1] > 1 else i
+            out[:, :, image] = attend(q[:, :, image], k, flipped, mask)
+            if bias.shape[1] == 1:
+                break
+    if layout.positive:
+        out[:, :, p] = attend(q[:, :, p], layout.without_negative(k), layout.without_negative(v), positive_rows)
+    if layout.negative:
+        mask = _set_columns(rows, n, rows[..., n] + visible)
+        mask[..., p] = -torch.inf
+        out[:, :, n] = attend(q[:, :, n], k, v, mask)
+    return out
+
+
+def _padding_bias(padding: Tensor | None, like: Tensor) -> Tensor:
+    """[B or 1, 1, N or 1]: 0 on real negative tokens, +inf on padding."""
+    if padding is None:
+        return like.new_zeros(1, 1, 1, dtype=torch.float32)
+    return torch.zeros_like(padding, dtype=torch.float32).masked_fill(padding, torch.inf)[:, None]
+
+
+def _set_columns(rows: Tensor, columns: slice, values: Tensor) -> Tensor:
+    """A copy of ``rows`` [b, 1, r, L] with ``columns`` set to ``values``, broadcast over batch and rows."""
+    b, _, r, _ = torch.broadcast_shapes(rows[..., :1].shape, values[..., :1].shape)
+    out = rows.expand(b, 1, r, -1).clone()
+    out[..., columns] = values
+    return out
+
+
+def cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_neg: Tensor,
+    v_neg: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    attend: LSEAttention,
+    scale: float | None = None,
+) -> Tensor:
+    """VSF for cross-attention (Eq. 9): equals ``cross_attention_reference`` without its mask."""
+    z, lse = attend(q, k, v, scale)
+    return merge_negative_(z, lse, q, k_neg, v_neg, alpha, bias, attend, scale)

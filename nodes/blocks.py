@@ -1,0 +1,39 @@
+"""The ``blocks`` input: which of a model's blocks let the image see the negative."""
+
+import re
+from collections.abc import Mapping
+
+Block = tuple[str, int]
+"""A block's type ("double", "single", ...) and index."""
+
+_ITEM = re.compile(r"(?P<type>[a-z_]+)(?::(?:(?P<one>\d+)|(?P<first>\d*)-(?P<last>\d*)))?")
+
+
+def all_blocks(counts: Mapping[str, int]) -> frozenset[Block]:
+    return frozenset((kind, i) for kind, count in counts.items() for i in range(count))
+
+
+def parse_blocks(text: str, counts: Mapping[str, int]) -> frozenset[Block]:
+    """The blocks that ``text`` names, e.g. "double:0-11,single:5-", "double", "all"; empty means all.
+
+    ``counts``: how many blocks of each type the model has. Ranges include both ends; an end left out is the model's
+    own. Raises ``ValueError`` that names the bad item and the valid ones.
+    """
+    valid = ", ".join(f"{kind}:0-{count - 1}" for kind, count in counts.items())
+    selected: set[Block] = set()
+    for item in (part.strip().lower() for part in text.split(",")):
+        if item == "all" or text.strip() == "":
+            return all_blocks(counts)
+        match = _ITEM.fullmatch(item)
+        if not match or match["type"] not in counts:
+            raise ValueError(
+                f'VSF: blocks: cannot read "{item}". This model has {valid}. Write for example '
+                f'"{next(iter(counts))}:0-3" (several separated by commas), or leave it empty for all blocks.'
+            )
+        kind, count = match["type"], counts[match["type"]]
+        first = int(match["one"] or match["first"] or 0)
+        last = int(match["one"] or match["last"] or count - 1)
+        if not first <= last < count:
+            raise ValueError(f'VSF: blocks: "{item}" is out of range. This model has {valid}.')
+        selected.update((kind, i) for i in range(first, last + 1))
+    return frozenset(selected)

@@ -1,0 +1,150 @@
+"""Encode a negative prompt with its padding removed (Appendix C), for each text encoder that a family knows.
+
+T5 is bidirectional: its token list is trimmed before it is encoded, since the kept part of a padded encoding is another
+thing. CLIP is causal and insists on 77 tokens: it is encoded padded, and its embeddings are cut after the end token.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ..vsf_core import content_length, extrapolate, null_embedding
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of an encoder's output positions."""
+
+    name: str
+    encoders: dict[str, str]
+    """Key in the token dict -> attribute of tokenizer and model; several (CLIP-L, CLIP-G) share the same positions."""
+    causal: bool
+
+    def present(self, clip: Any) -> dict[str, Any]:
+        """Key in the token dict -> tokenizer, of the encoders that are loaded."""
+        return {
+            key: getattr(clip.tokenizer, attribute)
+            for key, attribute in self.encoders.items()
+            if getattr(clip.cond_stage_model, attribute, None) is not None
+        }
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A text encoder of ComfyUI: its class and, in order, the segments of its output."""
+
+    name: str
+    title: str
+    model_class: str
+    segments: tuple[Segment, ...]
+
+
+ENCODERS = (
+    Encoder(
+        "sd3",
+        "Stable Diffusion 3 (CLIPLoader, DualCLIPLoader or TripleCLIPLoader of type sd3)",
+        "SD3ClipModel",
+        (
+            Segment("CLIP", {"l": "clip_l", "g": "clip_g"}, causal=True),
+            Segment("T5", {"t5xxl": "t5xxl"}, causal=False),
+        ),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """``tokens`` [1, n, C] without padding; ``words``: what each segment's tokens stand for, for people."""
+
+    tokens: Tensor
+    encoder: str
+    words: dict[str, list[str]]
+
+
+def encode_negative(clip: Any, text: str, extrapolation: float = 0.0) -> EncodedPrompt:
+    """Encode ``text`` with a ComfyUI CLIP object, keep its own tokens only, apply Eq. 10 where ``extrapolation`` != 0.
+
+    Weights like ``(word:1.3)`` and ``embedding:name`` work as in CLIPTextEncode. Raises ``ValueError`` for an encoder
+    that is not in ``ENCODERS``.
+    """
+    encoder = _encoder_of(clip)
+    tokens = clip.tokenize(text)
+    parts, words = [], {}
+    for segment, embedding, content in _segments(clip, encoder, tokens, trim=True):
+        kept = embedding[:, :content]
+        if extrapolation:
+            kept = extrapolate(kept, _null_embeddings(clip, encoder)[segment.name], extrapolation)
+        parts.append(kept)
+        words[segment.name] = _words(clip, segment, tokens)
+    return EncodedPrompt(torch.cat(parts, dim=1), encoder.name, words)
+
+
+def _encoder_of(clip: Any) -> Encoder:
+    classes = {c.__name__ for c in type(clip.cond_stage_model).__mro__}
+    for encoder in ENCODERS:
+        if encoder.model_class in classes:
+            return encoder
+    supported = "; ".join(e.title for e in ENCODERS)
+    raise ValueError(
+        f"VSF: cannot encode a negative with the text encoder {type(clip.cond_stage_model).__name__}. "
+        f"Supported: {supported}. Connect the CLIP that also encodes the positive prompt."
+    )
+
+
+def _segments(clip: Any, encoder: Encoder, tokens: dict, *, trim: bool) -> list[tuple[Segment, Tensor, int]]:
+    """Encode ``tokens``; for each present segment its embedding [1, L, C] and how many leading positions are content.
+
+    ``trim`` shortens the token lists of bidirectional encoders before they are encoded.
+    """
+    present = [segment for segment in encoder.segments if segment.present(clip)]
+    lengths, contents, tokens = [], [], dict(tokens)
+    for segment in present:
+        of_keys = []
+        for key, tokenizer in segment.present(clip).items():
+            *full, last = tokens[key]
+            end = tokenizer.end_token if tokenizer.end_token is not None else tokenizer.pad_token
+            content = content_length([t[0] for t in last], tokenizer.pad_token, end)
+            before = sum(map(len, full))
+            if trim and not segment.causal:
+                last = last[:content]
+                tokens[key] = [*full, last]
+            of_keys.append((before + len(last), before + content))
+        lengths.append(min(length for length, _ in of_keys))  # as SD3 cuts CLIP-L and CLIP-G to the shorter one
+        contents.append(min(lengths[-1], max(content for _, content in of_keys)))
+    embedding = clip.encode_from_tokens(tokens)
+    if embedding.shape[1] != sum(lengths):
+        raise RuntimeError(
+            f"VSF: {encoder.model_class} returned {embedding.shape[1]} positions where {sum(lengths)} were expected; "
+            "this ComfyUI encodes text in a way that this version of ComfyUI-VSF does not know. Please report it."
+        )
+    return list(zip(present, embedding.split(lengths, dim=1), contents, strict=True))
+
+
+_null_cache: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def _null_embeddings(clip: Any, encoder: Encoder) -> dict[str, Tensor]:
+    """Eq. 10's null condition per segment, kept for as long as the encoder lives with these patches and layer."""
+    key = (clip.patcher.patches_uuid, clip.layer_idx)
+    cached = _null_cache.setdefault(clip.cond_stage_model, {})
+    if key not in cached:
+        cached.clear()
+        padded = _segments(clip, encoder, clip.tokenize(""), trim=False)
+        cached[key] = {s.name: null_embedding(embedding, content) for s, embedding, content in padded}
+    return cached[key]
+
+
+def _words(clip: Any, segment: Segment, tokens: dict) -> list[str]:
+    """The text of a segment's tokens, without start, end and padding."""
+    key, tokenizer = next(iter(segment.present(clip).items()))
+    special = {tokenizer.start_token, tokenizer.end_token, tokenizer.pad_token}
+    words = []
+    for pair in (pair for chunk in tokens[key] for pair in chunk):
+        if not isinstance(pair[0], int):
+            words.append("[embedding]")
+        elif pair[0] not in special:
+            words.append(tokenizer.inv_vocab[pair[0]].replace("</w>", "").replace("\u2581", ""))
+    return words

@@ -1,0 +1,50 @@
+"""What the seams need to know of a model family."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...vsf_core import TokenLayout
+
+
+class Family(ABC):
+    """Where a family's text sits, and which of its attention calls are joint."""
+
+    title: str
+    """For people: what to load."""
+    model_classes: frozenset[str]
+    """Exact classes of ``comfy.model_base``."""
+    encoders: frozenset[str]
+    """Names of the text encoders whose negatives fit (``encode.ENCODERS``)."""
+    patch_size: int = 2
+    """Latent pixels per image token, along each side."""
+
+    def check(self, model: Any) -> None:  # noqa: B027 (most families have nothing to refuse)
+        """Raise ``ValueError`` for a variant of the family that VSF cannot serve."""
+
+    @abstractmethod
+    def block_counts(self, diffusion_model: Any) -> Mapping[str, int]:
+        """How many blocks of each type ("double" is ComfyUI's "double_block") the model has."""
+
+    @abstractmethod
+    def context_width(self, diffusion_model: Any) -> int:
+        """Channels of the text embedding that the model takes."""
+
+    @abstractmethod
+    def head_dim(self, diffusion_model: Any) -> int:
+        """Channels of one attention head."""
+
+    @abstractmethod
+    def layout(self, args: Mapping[str, Any], negative: int) -> TokenLayout:
+        """The joint sequence inside one block, from the arguments ComfyUI hands to a block patch."""
+
+    def image_tokens(self, mask: Tensor) -> Tensor:
+        """A latent-sized mask [B, m, h, w] as [B, I, m], one row an image token: the share of it that is inside."""
+        p = self.patch_size
+        pad = (0, -mask.shape[-1] % p, 0, -mask.shape[-2] % p)
+        tokens = F.avg_pool2d(F.pad(mask, pad, mode="replicate"), p)
+        return torch.flatten(tokens, 2).transpose(1, 2)

@@ -1,0 +1,103 @@
+"""The node "VSF Model Patch"."""
+
+import math
+
+from comfy_api.latest import io
+
+from .blocks import parse_blocks
+from .families import family_of
+from .seams import LAYOUTS, Settings, VSFPatch
+
+
+class VSFModelPatch(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VSFModelPatch",
+            display_name="VSF Model Patch",
+            category="conditioning/VSF",
+            description="Makes a few-step model obey the negatives of VSF Negative Conditioning, at cfg 1.",
+            search_aliases=["negative prompt", "NAG", "cfg 1", "value sign flip", "VSF"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to patch, after LoRAs and ModelSampling nodes or before."),
+                io.Float.Input(
+                    "scale",
+                    default=3.3,
+                    min=-20.0,
+                    max=20.0,
+                    step=0.05,
+                    tooltip="Alpha: how hard the picture is pushed away from the negative. The paper: 3.3 for quality, "
+                    "3.8 for strong. Lower it when the main object suffers. 0 is not off: bypass the node for that.",
+                ),
+                io.Float.Input(
+                    "offset",
+                    default=0.2,
+                    min=-20.0,
+                    max=100.0,
+                    step=0.05,
+                    tooltip="Beta: how much less the picture looks at the negative at all. Higher is gentler; 60 is as "
+                    "good as never. May be negative: the authors' released pipeline acts like -0.6.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="From which part of the sampling on the negative acts; 0 is from the first step.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="Until which part of the sampling the negative acts; 1 is to the last step.",
+                ),
+                io.String.Input(
+                    "blocks",
+                    default="",
+                    optional=True,
+                    tooltip='Which blocks see the negative, e.g. "double:0-11". Empty: all. In the others the negative '
+                    "goes on reading the picture, unseen.",
+                ),
+                io.Combo.Input(
+                    "layout",
+                    options=list(LAYOUTS),
+                    default="paper",
+                    optional=True,
+                    tooltip="paper: Listing 1 of the paper. released: what the authors' published pipeline does, where "
+                    "a plain copy of the negative stays visible; its scale 3.3 is as gentle as about 1 here.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The patched model, for any sampler or guider.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: io.Model.Type,
+        scale: float = 3.3,
+        offset: float = 0.2,
+        start_percent: float = 0.0,
+        end_percent: float = 1.0,
+        blocks: str = "",
+        layout: str = "paper",
+    ) -> io.NodeOutput:
+        for name, value in (("scale", scale), ("offset", offset)):
+            if not math.isfinite(value):
+                raise ValueError(f"VSF: {name} must be a finite number, got {value}.")
+        if not 0.0 <= start_percent < end_percent <= 1.0:
+            raise ValueError(
+                f"VSF: start_percent ({start_percent:g}) must lie before end_percent ({end_percent:g}), both in 0..1; "
+                "otherwise the negative would never act."
+            )
+        if layout not in LAYOUTS:
+            raise ValueError(f'VSF: layout must be one of {", ".join(LAYOUTS)}, got "{layout}".')
+        family = family_of(model.model)
+        parse_blocks(blocks, family.block_counts(model.model.diffusion_model))
+        patched = model.clone()
+        VSFPatch(Settings(scale, offset, start_percent, end_percent, blocks, layout), family).install(patched)
+        return io.NodeOutput(patched)

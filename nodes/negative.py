@@ -1,0 +1,109 @@
+"""A negative on its way from its node to the model: in a CONDITIONING entry, then in one step's ``model_conds``."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.conds
+import comfy.utils
+import torch
+from torch import Tensor
+
+KEY = "vsf_negatives"
+"""Key of our own in a CONDITIONING entry's dict; unpatched models never notice it. During a run of a patched model the
+same key in the entry's ``model_conds`` says whose negatives they are: ComfyUI copies a positive entry with an area into
+the uncond branch, dict and all, but leaves ``model_conds`` behind."""
+
+PREFIX = "vsf_"
+"""Prefix of what a patched model finds in ``model_conds`` while VSF is active."""
+
+
+@dataclass(frozen=True, eq=False)
+class Negative:
+    """One negative prompt: what ``VSFNegativeConditioning`` puts into every entry of the positive.
+
+    tokens: [b, n, C] embeddings without padding; strength: multiplies alpha for these tokens; mask: [b, H, W] in 0..1,
+    where in the picture it acts, None = everywhere; encoder: name of the text encoder that made it, None = unknown.
+    """
+
+    tokens: Tensor
+    strength: float = 1.0
+    mask: Tensor | None = None
+    encoder: str | None = None
+
+
+def negatives_of(entry: dict) -> tuple[Negative, ...]:
+    """The negatives that a CONDITIONING entry's dict carries."""
+    return entry.get(KEY, ())
+
+
+def count_tokens(negatives: Sequence[Negative]) -> int:
+    return sum(n.tokens.shape[1] for n in negatives)
+
+
+def step_conds(
+    groups: Sequence[Sequence[Negative]], scale: float, offset: float, latent: Tensor
+) -> list[dict[str, Any]]:
+    """What each of a step's entries (given by its negatives) adds to its ``model_conds``, so that all share one batch.
+
+    Every entry gets the same keys and shapes: negatives shorter than the longest are padded with tokens of bias +inf,
+    and an entry without any is all padding. Keys and shapes (b: 1 or more, n: tokens, m: masks, 1 or n):
+
+    - ``vsf_tokens`` [b, n, C]
+    - ``vsf_alpha``  [1, n, 1]: scale times each negative's strength
+    - ``vsf_bias``   [1, 1, n or 1]: beta per token; one column where an entry's tokens all share it
+    - ``vsf_mask``   [b, m, h, w], where a negative has a mask: in latent resolution, cut by ComfyUI as areas are
+    - ``vsf_mixed``  constant: some entry has padding
+    """
+    length = max(map(count_tokens, groups))
+    width = next(n.tokens.shape[-1] for group in groups for n in group)
+    mixed = any(count_tokens(group) != length for group in groups)
+    shared_bias = all(count_tokens(group) in (0, length) for group in groups)
+    masked = any(n.mask is not None for group in groups for n in group)
+    shared_mask = shared_bias and all(len({id(n.mask) for n in group}) <= 1 for group in groups)
+
+    out = []
+    for group in groups:
+        tokens = _padded([n.tokens for n in group], length, width).to(latent)
+        alpha = torch.zeros(1, length, 1, device=latent.device)
+        bias = torch.full((1, 1, length), torch.inf, device=latent.device)
+        start = 0
+        for n in group:
+            end = start + n.tokens.shape[1]
+            alpha[:, start:end] = scale * n.strength
+            bias[..., start:end] = offset
+            start = end
+        conds: dict[str, Any] = {
+            "tokens": comfy.conds.CONDRegular(tokens),
+            "alpha": comfy.conds.CONDRegular(alpha),
+            "bias": comfy.conds.CONDRegular(bias[..., :1] if shared_bias else bias),
+            "mixed": comfy.conds.CONDConstant(mixed),
+        }
+        if masked:
+            mask = _latent_mask(group, length, latent)
+            conds["mask"] = comfy.conds.CONDNoiseShape(mask[:, :1] if shared_mask else mask)
+        out.append({PREFIX + key: value for key, value in conds.items()})
+    return out
+
+
+def _padded(tokens: Sequence[Tensor], length: int, width: int) -> Tensor:
+    """[b, length, width]: ``tokens`` one after the other, then zeros."""
+    batch = max((t.shape[0] for t in tokens), default=1)
+    parts = [comfy.utils.repeat_to_batch_size(t.float(), batch) for t in tokens]
+    rest = length - sum(t.shape[1] for t in parts)
+    return torch.cat([*parts, torch.zeros(batch, rest, width)], dim=1)
+
+
+def _latent_mask(group: Sequence[Negative], length: int, latent: Tensor) -> Tensor:
+    """[b, length, h, w]: each token's mask in the latent's resolution; 1 where there is none."""
+    size = latent.shape[-2:]
+    batch = max((n.mask.shape[0] for n in group if n.mask is not None), default=1)
+    mask = torch.ones(batch, length, *size)
+    start = 0
+    for n in group:
+        end = start + n.tokens.shape[1]
+        if n.mask is not None:
+            small = torch.nn.functional.interpolate(n.mask[:, None].float(), size=size, mode="area")
+            mask[:, start:end] = comfy.utils.repeat_to_batch_size(small, batch)
+        start = end
+    return mask.to(latent.device)

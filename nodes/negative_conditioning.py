@@ -1,0 +1,143 @@
+"""The node "VSF Negative Conditioning"."""
+
+import logging
+import math
+
+import torch
+from comfy_api.latest import io, ui
+
+from .encode import EncodedPrompt, encode_negative
+from .negative import KEY, Negative, negatives_of
+
+log = logging.getLogger(__name__)
+
+
+class VSFNegativeConditioning(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VSFNegativeConditioning",
+            display_name="VSF Negative Conditioning",
+            category="conditioning/VSF",
+            description="Attaches a negative prompt to the positive one. The model needs VSF Model Patch. Chain "
+            "several to push several things away, each with its own strength and mask.",
+            search_aliases=["negative prompt", "NAG", "cfg 1", "value sign flip", "VSF"],
+            inputs=[
+                io.Conditioning.Input("positive", tooltip="The positive prompt's conditioning; all its entries get N."),
+                io.Clip.Input(
+                    "clip", optional=True, tooltip="The text encoder of the positive prompt; needed for text."
+                ),
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="",
+                    optional=True,
+                    tooltip="What you do not want to see, in plain words: no 'no' and no 'without'. "
+                    "(word:1.3) and embeddings work. Empty: off.",
+                ),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="Instead of text: a conditioning that is taken as it is, padding included unless it has "
+                    "an attention mask. Text is better: its padding is removed.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="Multiplies the patch's scale for this negative alone.",
+                ),
+                io.Float.Input(
+                    "extrapolation",
+                    default=0.0,
+                    min=0.0,
+                    max=20.0,
+                    step=0.5,
+                    optional=True,
+                    tooltip="Lambda of the paper's Eq. 10: moves the negative away from the empty prompt. 8 for Flux "
+                    "Schnell; 0 is off. Needs text.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where in the picture this negative acts: white is everywhere it does, black is nowhere.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(tooltip="The positive with the negative attached: connect it to the sampler.")
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        positive: io.Conditioning.Type,
+        clip: io.Clip.Type | None = None,
+        text: str = "",
+        negative: io.Conditioning.Type | None = None,
+        strength: float = 1.0,
+        extrapolation: float = 0.0,
+        mask: torch.Tensor | None = None,
+    ) -> io.NodeOutput:
+        for name, value in (("strength", strength), ("extrapolation", extrapolation)):
+            if not math.isfinite(value):
+                raise ValueError(f"VSF: {name} must be a finite number, got {value}.")
+        has_text = bool(text.strip())
+        if has_text and negative is not None:
+            raise ValueError("VSF: both text and negative are given. Clear the text, or disconnect negative.")
+        if has_text:
+            if clip is None:
+                raise ValueError("VSF: text needs clip: connect the text encoder that encodes the positive prompt.")
+            encoded = encode_negative(clip, text, extrapolation)
+            made = Negative(encoded.tokens, strength, _checked_mask(mask), encoded.encoder)
+            return io.NodeOutput(_attach(positive, made), ui=ui.PreviewText(_describe(encoded)))
+        if negative is not None:
+            if extrapolation:
+                raise ValueError(
+                    "VSF: extrapolation needs text and clip, since it compares with the empty prompt. Use text instead "
+                    "of negative, or set extrapolation to 0."
+                )
+            tokens = _taken_as_it_is(negative)
+            made = Negative(tokens, strength, _checked_mask(mask))
+            return io.NodeOutput(_attach(positive, made), ui=ui.PreviewText(f"{tokens.shape[1]} tokens, as given"))
+        return io.NodeOutput(positive, ui=ui.PreviewText("off: no negative"))
+
+
+def _attach(positive: list, negative: Negative) -> list:
+    return [[cond, {**options, KEY: (*negatives_of(options), negative)}] for cond, options in positive]
+
+
+def _taken_as_it_is(negative: list) -> torch.Tensor:
+    """The one entry's embedding [b, n, C], its padding trimmed where it says which that is."""
+    if len(negative) != 1:
+        raise ValueError(
+            f"VSF: negative has {len(negative)} entries (of a ConditioningCombine, say) where one is needed. Chain one "
+            "VSF Negative Conditioning node for each."
+        )
+    tokens, options = negative[0]
+    keep = options.get("attention_mask")
+    if keep is not None and keep.shape[-1] == tokens.shape[1]:
+        tokens = tokens[:, keep.reshape(-1, keep.shape[-1]).bool().any(dim=0)]
+    else:
+        log.info(f"VSF: negative has no attention mask: all of its {tokens.shape[1]} positions are kept, padding too.")
+    if tokens.shape[1] == 0:
+        raise ValueError("VSF: negative has no token left once its padding is removed. Give it some text.")
+    return tokens
+
+
+def _checked_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """[b, H, W]"""
+    if mask is None:
+        return None
+    if mask.numel() == 0:
+        raise ValueError(f"VSF: the mask is empty (shape {tuple(mask.shape)}). Connect a mask with pixels.")
+    return mask.reshape(-1, *mask.shape[-2:]).clamp(0.0, 1.0)
+
+
+def _describe(encoded: EncodedPrompt) -> str:
+    lines = [f"{name}: {' · '.join(words)}" for name, words in encoded.words.items()]
+    return "\n".join([f"pushes away {encoded.tokens.shape[1]} tokens", *lines])

@@ -1,0 +1,358 @@
+"""The four places where VSF touches ComfyUI. Nothing is monkeypatched; all state lives in copies made for one call.
+
+1. ``Negative``s travel in the CONDITIONING (``negative.py``).
+2. ``CALC_COND_BATCH``: in a step inside the window, every entry's ``model_conds`` gains the negative's tokens.
+3. ``APPLY_MODEL``: they leave the conds, join the text stream, and wrap each block's entry in ``patches_replace``.
+4. ``optimized_attention_override``, installed inside a block only: the attention call that is joint becomes VSF.
+
+``OUTER_SAMPLE`` around it all refuses what cannot work before the first step, and reports.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import comfy.patcher_extension
+import torch
+from torch import Tensor
+
+from ..vsf_core import LSEAttention, TokenLayout, joint_attention, joint_attention_masked, lse_attention
+from .blocks import Block, parse_blocks
+from .families import Family
+from .negative import KEY, PREFIX, Negative, count_tokens, negatives_of, step_conds
+
+log = logging.getLogger(__name__)
+
+WRAPPER_KEY = "vsf"
+RUN_KEY = "vsf_run"
+OVERRIDE = "optimized_attention_override"
+LAYOUTS = ("paper", "released")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``VSFModelPatch`` was set to. scale: alpha; offset: beta; start, end: the window in percent (0..1)."""
+
+    scale: float
+    offset: float
+    start: float
+    end: float
+    blocks: str
+    layout: str
+
+
+@dataclass(eq=False)
+class Run:
+    """One sampling run: from before its first step to its end, never longer."""
+
+    expected: frozenset[Block]
+    selected: frozenset[Block]
+    tokens: int
+    reached: set[Block] = field(default_factory=set)
+    paths: set[str] = field(default_factory=set)
+    cache: dict = field(default_factory=dict)
+    reported: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Forward:
+    """What the attention needs to know during one forward pass. Numbers that change between runs are tensors, since
+    torch.compile may drop the guards on plain ones."""
+
+    family: Family
+    run: Run
+    tokens: int
+    alpha: Tensor
+    bias: Tensor
+    padding: Tensor | None
+    copy: int
+    """Tokens of the plain copy of N that the released layout leaves visible at the end of the text; else 0."""
+    copy_hidden: Tensor | None
+    """bool [B, copy]: which of them are padding."""
+    attend: LSEAttention | None
+
+
+class VSFPatch:
+    """The wrappers that ``VSFModelPatch`` adds to a model."""
+
+    def __init__(self, settings: Settings, family: Family) -> None:
+        self.settings = settings
+        self.family = family
+
+    def install(self, patcher: Any) -> None:
+        """Add the wrappers to a cloned ``ModelPatcher``. Raises ``ValueError`` if it is patched already."""
+        kinds = comfy.patcher_extension.WrappersMP
+        if patcher.get_wrappers(kinds.CALC_COND_BATCH, WRAPPER_KEY):
+            raise ValueError(
+                "VSF: this model is patched by VSF Model Patch already. Remove one of the two nodes; to push several "
+                "things away, chain VSF Negative Conditioning nodes instead."
+            )
+        patcher.add_wrapper_with_key(kinds.OUTER_SAMPLE, WRAPPER_KEY, self.outer_sample)
+        patcher.add_wrapper_with_key(kinds.CALC_COND_BATCH, WRAPPER_KEY, self.calc_cond_batch)
+        patcher.add_wrapper_with_key(kinds.APPLY_MODEL, WRAPPER_KEY, self.apply_model)
+
+    # -- before and after a run ---------------------------------------------------------------------------------------
+
+    def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+        guider = executor.class_obj
+        entries = [(branch, entry) for branch, entries in guider.conds.items() for entry in entries]
+        longest = max((count_tokens(negatives_of(entry)) for _, entry in entries), default=0)
+        if longest == 0:
+            log.warning(
+                "VSF: this model is patched, but no conditioning carries a negative: the picture is stock ComfyUI's. "
+                "Put VSF Negative Conditioning (with some text) between the prompt and the sampler's positive input."
+            )
+            return executor(*args, **kwargs)
+        if all(branch == "negative" for branch, entry in entries if negatives_of(entry)):
+            log.warning(
+                "VSF: the negative is attached to the sampler's negative input only. At cfg 1 that input is not used "
+                "at all. Attach VSF Negative Conditioning to the positive."
+            )
+        diffusion_model = _unwrapped(guider.model_patcher.model.diffusion_model)
+        self._check_negatives([entry for _, entry in entries], diffusion_model)
+        counts = self.family.block_counts(diffusion_model)
+        run = Run(parse_blocks("", counts), parse_blocks(self.settings.blocks, counts), longest)
+        for _, entry in entries:
+            entry["model_conds"] = {**entry["model_conds"], KEY: negatives_of(entry)}
+        options = guider.model_options["transformer_options"]  # this run's own copy
+        options[RUN_KEY] = run
+        try:
+            result = executor(*args, **kwargs)
+        finally:
+            options.pop(RUN_KEY, None)
+        if not run.reported:
+            s = self.settings
+            log.warning(
+                f"VSF: no step of this run fell inside start_percent {s.start:g} to end_percent {s.end:g} with a "
+                "negative active: the picture is stock ComfyUI's."
+            )
+        return result
+
+    def _check_negatives(self, entries: Sequence[dict], diffusion_model: Any) -> None:
+        width = self.family.context_width(diffusion_model)
+        for negative in (n for entry in entries for n in negatives_of(entry)):
+            if negative.encoder is not None and negative.encoder not in self.family.encoders:
+                raise ValueError(
+                    f'VSF: the negative was made by a text encoder of type "{negative.encoder}", but this model '
+                    f"({self.family.title}) takes {' or '.join(sorted(self.family.encoders))}. Connect the CLIP that "
+                    "encodes this model's positive prompt to VSF Negative Conditioning."
+                )
+            if negative.tokens.shape[-1] != width:
+                raise ValueError(
+                    f"VSF: the negative's embedding is {negative.tokens.shape[-1]} wide, but this model "
+                    f"({self.family.title}) takes {width}. Encode it with this model's own text encoder."
+                )
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def calc_cond_batch(
+        self, executor: Any, model: Any, conds: list, x_in: Tensor, timestep: Tensor, model_options: dict
+    ) -> Any:
+        run: Run | None = model_options.get("transformer_options", {}).get(RUN_KEY)
+        if run is not None:
+            added = self._additions(run, conds, x_in, timestep) if self._in_window(model, timestep) else {}
+            conds = [branch and [_with_model_conds(entry, added) for entry in branch] for branch in conds]
+        return executor(model, conds, x_in, timestep, model_options)
+
+    def _in_window(self, model: Any, timestep: Tensor) -> bool:
+        """The bounds are computed here since a later ModelSampling node may change them; 0 and 1 are no bounds."""
+        start, end, sampling = self.settings.start, self.settings.end, model.model_sampling
+        sigma = float(timestep[0])
+        return not (
+            (start > 0 and sigma > sampling.percent_to_sigma(start))
+            or (end < 1 and sigma < sampling.percent_to_sigma(end))
+        )
+
+    def _additions(self, run: Run, conds: list, x_in: Tensor, timestep: Tensor) -> dict[int, dict]:
+        """What each entry (by id) that runs in this step gains in ``model_conds``; nothing if none has a negative."""
+        entries = [entry for branch in conds if branch for entry in branch if _is_active(entry, timestep)]
+        groups: list[tuple[Negative, ...]] = [entry["model_conds"].get(KEY, ()) for entry in entries]
+        if not any(groups):
+            return {}
+        key = (tuple(map(id, groups)), x_in.shape, x_in.device)
+        if key not in run.cache:  # groups are kept with the result, so that their ids stay theirs
+            run.cache[key] = groups, step_conds(groups, self.settings.scale, self.settings.offset, x_in)
+        return dict(zip(map(id, entries), run.cache[key][1], strict=True))
+
+    # -- one forward pass ---------------------------------------------------------------------------------------------
+
+    def apply_model(
+        self,
+        executor: Any,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Tensor | None = None,
+        c_crossattn: Tensor | None = None,
+        control: Any = None,
+        transformer_options: dict = {},  # noqa: B006 (ComfyUI's own signature; never written to)
+        **kwargs: Any,
+    ) -> Tensor:
+        ours = {key.removeprefix(PREFIX): kwargs.pop(key) for key in list(kwargs) if key.startswith(PREFIX)}
+        if not ours:
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+        assert c_crossattn is not None
+        diffusion_model = _unwrapped(executor.class_obj.diffusion_model)
+        run: Run = transformer_options[RUN_KEY]
+        tokens = ours["tokens"].to(c_crossattn)
+        forward = self._forward(run, ours, tokens, executor.class_obj.get_dtype_inference(), diffusion_model)
+        # N0 goes before P: text has no order here, and what is left of the sequence is then one contiguous view.
+        copy = [tokens] if forward.copy else []
+        context = torch.cat([tokens, c_crossattn, *copy], dim=1)
+        options = self._patched_options(transformer_options, forward)
+        result = executor(x, t, c_concat, context, control, options, **kwargs)
+        if not run.reported:
+            self._report(run)
+        return result
+
+    def _forward(self, run: Run, ours: dict, tokens: Tensor, dtype: torch.dtype, diffusion_model: Any) -> Forward:
+        bias = ours["bias"].float()
+        length = tokens.shape[1]
+        padding = torch.isinf(bias[:, 0]) if bias.shape[-1] == length > 1 else None
+        released = self.settings.layout == "released"
+        copy_hidden = torch.isinf(bias[:, 0]).expand(-1, length) if released and ours["mixed"] else None
+        if "mask" in ours:
+            # -log m: a soft mask scales the negative's attention weight by m; outside (m = 0) it is +inf, exactly
+            bias = bias - torch.log(self.family.image_tokens(ours["mask"].float()))
+        return Forward(
+            family=self.family,
+            run=run,
+            tokens=length,
+            alpha=ours["alpha"].float(),
+            bias=bias,
+            padding=padding,
+            copy=length if released else 0,
+            copy_hidden=copy_hidden,
+            attend=lse_attention(tokens.device, dtype, self.family.head_dim(diffusion_model)),
+        )
+
+    def _patched_options(self, options: dict, forward: Forward) -> dict:
+        """A copy of ``transformer_options`` in which each block's patch is wrapped, so that we know where we are."""
+        replace = options.get("patches_replace", {})
+        dit = dict(replace.get("dit", {}))
+        for block in forward.run.expected:
+            key = (f"{block[0]}_block", block[1])
+            dit[key] = partial(_run_block, block, dit.get(key), forward)
+        return {**options, "patches_replace": {**replace, "dit": dit}}
+
+    def _report(self, run: Run) -> None:
+        """After the first forward pass: fail if the negative reached nothing, else say once what is going on."""
+        run.reported = True
+        if not run.reached:
+            raise RuntimeError(
+                "VSF: no block of this model ran through ComfyUI's block patches, so the negative had no effect. "
+                "Another node probably replaces the model's forward pass; remove it, or put it on a model without VSF."
+            )
+        s = self.settings
+        log.info(
+            f"VSF: {self.family.title}: {run.tokens} negative tokens, scale {s.scale:g}, offset {s.offset:g}, "
+            f"layout {s.layout}, {len(run.selected)} of {len(run.expected)} blocks, reached {len(run.reached)}, "
+            f"attention: {', '.join(sorted(run.paths))}"
+        )
+
+
+def _unwrapped(diffusion_model: Any) -> Any:
+    """The model itself where torch.compile has wrapped it."""
+    return getattr(diffusion_model, "_orig_mod", diffusion_model)
+
+
+def _with_model_conds(entry: dict, added: Mapping[int, dict]) -> dict:
+    """A copy of a conds entry with its additions and without our key, which the model must not see."""
+    model_conds = {key: value for key, value in entry["model_conds"].items() if key != KEY}
+    return {**entry, "model_conds": {**model_conds, **added.get(id(entry), {})}}
+
+
+def _is_active(entry: dict, timestep: Tensor) -> bool:
+    """Whether ComfyUI will use this entry at this timestep (ConditioningSetTimestepRange)."""
+    sigma = timestep[0]
+    return not (
+        ("timestep_start" in entry and sigma > entry["timestep_start"])
+        or ("timestep_end" in entry and sigma < entry["timestep_end"])
+    )
+
+
+def _run_block(block: Block, previous: Callable | None, forward: Forward, args: dict, extra: Mapping) -> dict:
+    """An entry of ``patches_replace["dit"]``: the block with VSF's attention, inside whatever was there before."""
+
+    def original(inner: dict) -> dict:
+        options = inner["transformer_options"]
+        layout = forward.family.layout(inner, forward.tokens)
+        calls: list[str] = []
+        override = partial(_attention_override, block, layout, forward, calls, options.get(OVERRIDE))
+        out = extra["original_block"]({**inner, "transformer_options": {**options, OVERRIDE: override}})
+        if not calls:
+            raise RuntimeError(
+                f"VSF: {block[0]} block {block[1]} ran without the joint attention call that VSF expects there "
+                f"({layout.length} tokens), so the negative had no effect. This ComfyUI, or another node, computes "
+                "this block's attention in a way that this version of ComfyUI-VSF does not know. Please report it."
+            )
+        forward.run.reached.add(block)
+        forward.run.paths.add(calls[0])
+        return out
+
+    if previous is None:
+        return original(args)
+    return previous(args, {**extra, "original_block": original})
+
+
+def _attention_override(
+    block: Block,
+    layout: TokenLayout,
+    forward: Forward,
+    calls: list[str],
+    previous: Callable | None,
+    func: Callable,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    mask: Tensor | None = None,
+    attn_precision: torch.dtype | None = None,
+    skip_reshape: bool = False,
+    skip_output_reshape: bool = False,
+    **kwargs: Any,
+) -> Tensor:
+    """ComfyUI's attention call, made VSF where it is the block's joint one; any other passes through."""
+    host = func if previous is None else partial(previous, func)
+    kwargs["attn_precision"] = attn_precision
+    kwargs["transformer_options"] = _with_override(kwargs["transformer_options"], previous)
+    if k.shape[2 if skip_reshape else 1] != layout.length:
+        return host(
+            q, k, v, heads, mask=mask, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape, **kwargs
+        )
+
+    def black_box(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return host(q, k, v, heads, mask=mask, skip_reshape=True, skip_output_reshape=True, **kwargs)
+
+    if not skip_reshape:
+        q, k, v = (t.reshape(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k, v))  # SD3's v is 4-D already
+    if mask is not None:
+        raise NotImplementedError("VSF: this model's attention has a mask, which VSF does not handle for it yet.")
+    bias = forward.bias if block in forward.run.selected else None
+    key_mask = _copy_mask(layout, forward)
+    shared = (q, k, v, layout, forward.alpha, bias)
+    if previous is None and func.__name__ == "attention_pytorch" and forward.attend is not None and key_mask is None:
+        calls.append(f"log-sum-exp merge ({forward.attend.__name__})")
+        out = joint_attention(*shared, forward.attend, forward.padding, kwargs.get("scale"))
+    else:
+        calls.append(f"row mask ({getattr(func if previous is None else previous, '__name__', 'override')})")
+        out = joint_attention_masked(*shared, black_box, forward.padding, key_mask)
+    return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
+
+
+def _with_override(options: dict, previous: Callable | None) -> dict:
+    """``options`` as they were before this block: with the previous override, or none."""
+    restored = {key: value for key, value in options.items() if key != OVERRIDE}
+    return restored if previous is None else {**restored, OVERRIDE: previous}
+
+
+def _copy_mask(layout: TokenLayout, forward: Forward) -> Tensor | None:
+    """Hides the padding of the released layout's plain copy of N: additive [B, 1, 1, L]; None if there is none."""
+    if forward.copy_hidden is None:
+        return None
+    end = layout.span("P").stop
+    batch = forward.copy_hidden.shape[0]
+    mask = torch.zeros(batch, 1, 1, layout.length, device=forward.bias.device)
+    mask[:, 0, 0, end - forward.copy : end].masked_fill_(forward.copy_hidden, -torch.inf)
+    return mask

@@ -1,0 +1,44 @@
+"""A real ComfyUI in this process: its tree first on sys.path, on the CPU, with the pack loaded by its own loader."""
+
+import asyncio
+import logging
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, os.environ["VSF_COMFYUI"])
+sys.path.insert(1, str(ROOT / "tests" / "toy"))
+sys.path.insert(2, str(ROOT / "tests" / "host"))
+
+from comfy.cli_args import args  # noqa: E402
+
+args.cpu = True
+args.use_pytorch_cross_attention = True
+
+import comfy.model_management  # noqa: E402, F401
+
+import nodes  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def pack() -> SimpleNamespace:
+    """The pack's two nodes, as ComfyUI registered them."""
+    logging.getLogger().setLevel(logging.INFO)
+    assert asyncio.run(nodes.load_custom_node(str(ROOT)))
+    mapping = nodes.NODE_CLASS_MAPPINGS
+    return SimpleNamespace(
+        module=sys.modules[mapping["VSFModelPatch"].__module__.rsplit(".nodes", 1)[0]],
+        patch=lambda model, **kw: mapping["VSFModelPatch"].execute(model=model, **kw).result[0],
+        negative=lambda positive, **kw: mapping["VSFNegativeConditioning"].execute(positive=positive, **kw).result[0],
+        mapping=mapping,
+    )
+
+
+@pytest.fixture(autouse=True)
+def _few_threads():
+    torch.set_num_threads(2)

@@ -1,0 +1,52 @@
+"""Short names for what the host tests do over and over."""
+
+import comfy.sample
+import comfy.sd
+import tiny
+import torch
+
+
+def load_sd3(**kw):
+    """A tiny random SD3 through ComfyUI's own loader."""
+    return comfy.sd.load_diffusion_model_state_dict(tiny.sd3(**kw))
+
+
+def text(length, seed, width=64, batch=1):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, length, width, generator=g)
+
+
+def conditioning(length=13, seed=1, width=64, **options):
+    """A CONDITIONING of one entry."""
+    pooled = text(1, seed + 1000, 2048)[:, 0] * 0.5
+    return [[text(length, seed, width), {"pooled_output": pooled, **options}]]
+
+
+def sample(model, positive, negative=None, *, cfg=1.0, size=(16, 24), batch=1, steps=3, sampler="euler", seed=7, **kw):
+    """The final latent of a run through ComfyUI's sampler."""
+    negative = conditioning(seed=99) if negative is None else negative
+    latent = torch.zeros(batch, 16, *size)
+    noise = comfy.sample.prepare_noise(latent, seed)
+    return comfy.sample.sample(model, noise, steps, cfg, sampler, "simple", positive, negative, latent, seed=seed, **kw)
+
+
+def relative(a, b):
+    """max|a - b| / max|b| on the final latent."""
+    return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+
+
+def spy_override(seen, inner=None):
+    """An ``optimized_attention_override`` like those of other packs: notes each call's key length, then runs ``inner``
+    (default: the host's attention)."""
+
+    def override(func, q, k, v, heads, **kw):
+        seen.append(k.shape[2 if kw.get("skip_reshape") else 1])
+        return (inner or func)(q, k, v, heads, **kw)
+
+    return override
+
+
+def with_override(model, override):
+    clone = model.clone()
+    clone.model_options["transformer_options"]["optimized_attention_override"] = override
+    return clone

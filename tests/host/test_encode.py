@@ -1,0 +1,187 @@
+"""Negatives from text: real tokenizers, real encoder classes of tiny size, their padding removed."""
+
+import math
+
+import comfy.sd
+import comfy.text_encoders.sd3_clip as sd3_clip
+import pytest
+import torch
+from comfy.supported_models_base import ClipTarget
+from helpers import conditioning, load_sd3, relative, sample
+
+PROMPTS = ["roof", "a house with a red roof, wow!!!", "(roof:1.3) and (door)", "naïve café 屋根 🏠", "word " * 120]
+
+
+def tiny_config(width):
+    return {
+        "num_hidden_layers": 3,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_attention_heads": 4,
+    }
+
+
+def make_clip(clip_l=True, clip_g=True, t5=True, seed=0):
+    width = 4096 if clip_l or clip_g else 64  # SD3 pads CLIP's embeddings to 4096 and joins T5's to them
+    options = {
+        "t5xxl_model_config": {"num_layers": 2, "d_model": width, "d_ff": 128, "d_kv": 16, "num_heads": 4},
+        "clip_l_model_config": tiny_config(64),
+        "clip_g_model_config": tiny_config(128),
+    }
+    target = ClipTarget(sd3_clip.SD3Tokenizer, sd3_clip.sd3_clip(clip_l=clip_l, clip_g=clip_g, t5=t5))
+    clip = comfy.sd.CLIP(target, model_options=options, parameters=1_000_000)
+    g = torch.Generator().manual_seed(seed)
+    for name, p in clip.cond_stage_model.named_parameters():
+        norm = "norm" in name and p.ndim == 1
+        p.data.copy_(torch.ones_like(p) if norm else torch.randn(p.shape, generator=g) * (0.5 if p.ndim < 2 else 0.2))
+    return clip
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return {
+        "all": make_clip(),
+        "clip": make_clip(t5=False),
+        "t5": make_clip(clip_l=False, clip_g=False),
+        "l": make_clip(clip_g=False, t5=False),
+    }
+
+
+def attached(pack, clip, text, **kw):
+    """The Negative that the node makes of ``text``."""
+    made = pack.negative(conditioning(), clip=clip, text=text, **kw)
+    return made[0][1]["vsf_negatives"][-1]
+
+
+def counts(clip, text):
+    """Tokens that the tokenizers themselves give without any padding: start, words, end; per CLIP chunk of 75 words."""
+    plain = text.replace("(roof:1.3)", "roof").replace("(door)", "door")
+    clip_words = len(clip.tokenizer.clip_l.tokenizer(plain)["input_ids"]) - 2
+    g_words = len(clip.tokenizer.clip_g.tokenizer(plain)["input_ids"]) - 2
+    assert clip_words == g_words
+    full = max(0, math.ceil(clip_words / 75) - 1)
+    return 77 * full + clip_words - 75 * full + 2, len(clip.tokenizer.t5xxl.tokenizer(plain)["input_ids"])
+
+
+@pytest.mark.parametrize("text", PROMPTS)
+def test_token_counts_are_the_tokenizers_own(pack, clips, text):
+    clip_count, t5_count = counts(clips["all"], text)
+    expected = {"all": clip_count + t5_count, "clip": clip_count, "t5": t5_count, "l": clip_count}
+    if "(" in text or len(text) > 400:  # weighted parts are tokenized apart; long prompts break at words
+        for name, clip in clips.items():
+            assert abs(attached(pack, clip, text).tokens.shape[1] - expected[name]) <= 6
+        return
+    for name, clip in clips.items():
+        assert attached(pack, clip, text).tokens.shape[1] == expected[name], name
+
+
+def test_long_prompts_keep_every_full_chunk(pack, clips):
+    """120 words: one full CLIP chunk of 77 and 45 words of the next, with its start and end."""
+    text = "house " * 120
+    assert attached(pack, clips["clip"], text).tokens.shape[1] == 77 + 45 + 2
+    assert attached(pack, clips["t5"], text).tokens.shape[1] == 121
+
+
+def test_clip_part_is_the_cut_of_the_padded_encoding(pack, clips):
+    clip = clips["clip"]
+    padded = clip.encode_from_tokens(clip.tokenize("a red roof"))
+    made = attached(pack, clip, "a red roof").tokens
+    assert torch.equal(made, padded[:, :5])
+
+
+def test_t5_part_is_encoded_without_its_padding(pack, clips):
+    """A bidirectional encoder's output changes with the padding: the kept part of a padded one is another thing."""
+    clip = clips["t5"]
+    tokens = clip.tokenize("a red roof")
+    assert len(tokens["t5xxl"][0]) == 77
+    tokens["t5xxl"] = [[t for t in tokens["t5xxl"][0] if t[0] != 0]]
+    expected = clip.encode_from_tokens(tokens)
+    made = attached(pack, clip, "a red roof").tokens
+    assert torch.equal(made, expected)
+    padded = clip.encode_from_tokens(clip.tokenize("a red roof"))
+    assert relative(padded[:, : made.shape[1]], made) > 1e-3
+
+
+def test_sd3_negative_is_clip_then_t5(pack, clips):
+    made, clip_l_g = (
+        attached(pack, clips["all"], "a red roof").tokens,
+        attached(pack, clips["clip"], "a red roof").tokens,
+    )
+    n_clip = clip_l_g.shape[1]
+    padded = clips["all"].encode_from_tokens(clips["all"].tokenize("a red roof"))
+    assert torch.equal(made[:, :n_clip], padded[:, :n_clip])
+    assert made.shape[1] == n_clip + len(clips["all"].tokenizer.t5xxl.tokenizer("a red roof")["input_ids"])
+
+
+def test_weights_work(pack, clips):
+    for clip in clips.values():
+        light, heavy = attached(pack, clip, "(roof:1.0)").tokens, attached(pack, clip, "(roof:1.6)").tokens
+        assert light.shape == heavy.shape and not torch.equal(light, heavy)
+
+
+def test_textual_inversion_embeddings_work(pack, clips, tmp_path):
+    clip = make_clip(clip_g=False, t5=False)
+    from safetensors.torch import save_file
+
+    save_file({"emb_params": torch.randn(2, 64)}, str(tmp_path / "badhands.safetensors"))
+    clip.tokenizer.clip_l.embedding_directory = str(tmp_path)
+    clip.tokenizer.clip_l.embedding_size = 64
+    assert attached(pack, clip, "embedding:badhands").tokens.shape[1] == 2 + 2
+
+
+def test_extrapolation_is_eq_10_by_hand(pack, clips):
+    """p- + lambda (p- - p0), p0 the mean over the empty prompt's padded positions, per segment."""
+    clip = clips["all"]
+    plain, moved = (
+        attached(pack, clip, "a red roof").tokens,
+        attached(pack, clip, "a red roof", extrapolation=8.0).tokens,
+    )
+    empty = clip.encode_from_tokens(clip.tokenize(""))
+    null_clip, null_t5 = empty[:, 2:77].mean(1, keepdim=True), empty[:, 78:].mean(1, keepdim=True)
+    expected = torch.cat((plain[:, :5] * 9 - 8 * null_clip, plain[:, 5:] * 9 - 8 * null_t5), dim=1)
+    assert relative(moved, expected) < 1e-6
+    assert torch.equal(attached(pack, clip, "a red roof", extrapolation=8.0).tokens, moved)  # from the cache
+
+
+def test_null_embedding_follows_patches_on_the_encoder(pack):
+    clip = make_clip(clip_l=False, clip_g=False)
+    before = attached(pack, clip, "roof", extrapolation=8.0).tokens
+    key = "t5xxl.transformer.encoder.block.0.layer.1.DenseReluDense.wo.weight"
+    patched = clip.clone()
+    assert patched.add_patches({key: (torch.randn(64, 128),)}, 1.0)
+    after = attached(pack, patched, "roof", extrapolation=8.0).tokens
+    empty = patched.encode_from_tokens(patched.tokenize(""))
+    null = empty[:, 1:].mean(1, keepdim=True)
+    assert relative(after, attached(pack, patched, "roof").tokens * 9 - 8 * null) < 1e-5
+    assert torch.equal(attached(pack, clip, "roof", extrapolation=8.0).tokens, before)
+
+
+def test_node_shows_which_tokens_it_pushes_away(pack, clips):
+    node = pack.mapping["VSFNegativeConditioning"]
+    shown = node.execute(positive=conditioning(), clip=clips["all"], text="red roof").ui.as_dict()["text"][0]
+    assert shown.splitlines() == ["pushes away 7 tokens", "CLIP: red · roof", "T5: red · roof"]
+    assert node.execute(positive=conditioning(), text=" ").ui.as_dict()["text"][0] == "off: no negative"
+
+
+def test_encoder_of_another_family(pack, clips):
+    class OtherModel(torch.nn.Module):
+        pass
+
+    clip = clips["t5"].clone()
+    clip.cond_stage_model = OtherModel()
+    with pytest.raises(
+        ValueError, match="cannot encode a negative with the text encoder OtherModel. Supported: Stable"
+    ):
+        pack.negative(conditioning(), clip=clip, text="roof")
+
+
+def test_negative_remembers_its_encoder(pack, clips):
+    """Even where widths agree: SD3, Flux and Wan are all 4096 wide."""
+    clip, model = clips["all"], load_sd3(context=4096)
+    positive = conditioning(width=4096)
+    made = pack.negative(positive, clip=clip, text="roof")
+    sample(pack.patch(model), made, steps=1)
+    key = made[0][1]["vsf_negatives"]
+    object.__setattr__(key[0], "encoder", "flux")
+    with pytest.raises(ValueError, match='of type "flux", but this model'):
+        sample(pack.patch(model), made, steps=1)

@@ -1,0 +1,123 @@
+"""Tiny models in ComfyUI's own formats, so that its real loaders load them.
+
+``python tests/toy/tiny.py DIR`` writes them below DIR as ComfyUI's model folders. Weights are random; sizes are what
+the loaders read off the weights. Run with the host's Python; VSF_COMFYUI names the ComfyUI tree.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+StateDict = dict[str, Tensor]
+
+
+def randomize(state: StateDict, seed: int, qk_gain: float = 1.5) -> StateDict:
+    """Weights that keep activations near unit size and give attention something to choose from."""
+    g = torch.Generator().manual_seed(seed)
+    out = {}
+    for key, value in state.items():
+        shape = value.shape
+        if key.endswith(
+            ("ln_q.weight", "ln_k.weight", "norm_q.weight", "norm_k.weight", "query_norm.scale", "key_norm.scale")
+        ):
+            out[key] = torch.full(shape, qk_gain)
+        elif key.endswith("pos_embed"):
+            out[key] = torch.randn(shape, generator=g)
+        elif value.ndim >= 2:
+            out[key] = torch.randn(shape, generator=g) * value[0].numel() ** -0.5
+        elif key.endswith("weight"):
+            out[key] = torch.ones(shape)
+        else:
+            out[key] = torch.randn(shape, generator=g) * 0.1
+    return out
+
+
+def sd3(depth: int = 3, context: int = 64, self_attn_layers: Sequence[int] = (), seed: int = 0, **config) -> StateDict:
+    """An SD3-format MMDiT; ``self_attn_layers`` as in SD3.5 Medium."""
+    from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
+
+    model = OpenAISignatureMMDITWrapper(
+        input_size=None,
+        in_channels=16,
+        depth=depth,
+        adm_in_channels=2048,
+        context_embedder_config={
+            "target": "torch.nn.Linear",
+            "params": {"in_features": context, "out_features": 64 * depth},
+        },
+        num_patches=64 * 64,
+        pos_embed_max_size=64,
+        qk_norm="rms",
+        x_block_self_attn_layers=list(self_attn_layers),
+        operations=torch.nn,
+        dtype=torch.float32,
+        **config,
+    )
+    return randomize(model.state_dict(), seed)
+
+
+def clip_l(seed: int = 0) -> StateDict:
+    """A full-size CLIP-L (what the stock CLIPLoader recognises) whose layers pass their input on."""
+    from comfy.clip_model import CLIPTextModel
+
+    config = {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "hidden_act": "quick_gelu",
+        "max_position_embeddings": 77,
+        "vocab_size": 49408,
+        "eos_token_id": 49407,
+    }
+    with torch.device("meta"):
+        shapes = CLIPTextModel(config, torch.float16, "meta", torch.nn).state_dict()
+    g = torch.Generator().manual_seed(seed)
+    state = {key: torch.zeros(value.shape, dtype=torch.float16) for key, value in shapes.items()}
+    for key, value in state.items():
+        if "embedding" in key:
+            value.copy_(torch.randn(value.shape, generator=g) * (0.3 if "position" in key else 1.0))
+        elif "norm" in key and key.endswith("weight"):
+            value.fill_(1.0)
+        elif key == "text_projection.weight":
+            value.copy_(torch.eye(768))
+    return state
+
+
+def taesd(latent_channels: int = 16, seed: int = 0) -> tuple[StateDict, StateDict]:
+    """A TAESD-format (encoder, decoder), untrained."""
+    from comfy.taesd.taesd import Decoder, Encoder
+
+    torch.manual_seed(seed)
+    return Encoder(latent_channels).state_dict(), Decoder(latent_channels).state_dict()
+
+
+def write_all(out: Path) -> None:
+    """The demo's models, each written whole or not at all."""
+    encoder, decoder = taesd()
+    _save({k: v.half() for k, v in sd3(context=4096).items()}, out / "diffusion_models" / "vsf_tiny_sd3.safetensors")
+    _save(clip_l(), out / "text_encoders" / "vsf_tiny_clip_l.safetensors")
+    _save(encoder, out / "vae_approx" / "taesd3_encoder.safetensors")
+    _save(decoder, out / "vae_approx" / "taesd3_decoder.safetensors")
+
+
+def _save(state: StateDict, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    save_file({key: value.contiguous() for key, value in state.items()}, part)
+    part.replace(path)
+    print(f"{path.name}: {path.stat().st_size / 2**20:.1f} MB")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.environ["VSF_COMFYUI"])
+    from comfy.cli_args import args
+
+    args.cpu = True
+    write_all(Path(sys.argv[1]))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..vsf_core import LSEAttention, TokenLayout, joint_attention, joint_attention_masked, lse_attention
-from .blocks import Block, parse_blocks
+from .blocks import Block, all_blocks, parse_blocks
 from .families import Family
 from .negative import KEY, PREFIX, Negative, count_tokens, negatives_of, step_conds
 
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 WRAPPER_KEY = "vsf"
 RUN_KEY = "vsf_run"
+FORWARD_KEY = "vsf_forward"
 OVERRIDE = "optimized_attention_override"
 LAYOUTS = ("paper", "released")
 
@@ -47,19 +48,21 @@ class Settings:
 class Run:
     """One sampling run: from before its first step to its end, never longer."""
 
-    expected: frozenset[Block]
+    blocks: tuple[Block, ...]
     selected: frozenset[Block]
     tokens: int
-    reached: set[Block] = field(default_factory=set)
     paths: set[str] = field(default_factory=set)
     cache: dict = field(default_factory=dict)
     reported: bool = False
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Forward:
-    """What the attention needs to know during one forward pass. Numbers that change between runs are tensors, since
-    torch.compile may drop the guards on plain ones."""
+    """What the attention needs to know during one forward pass; travels in ``transformer_options``.
+
+    Under torch.compile the guards on those are dropped (TorchCompileModel), so whatever may change between runs without
+    changing a shape is a tensor here, read from the options of the call at hand and never from a closure.
+    """
 
     family: Family
     run: Run
@@ -72,6 +75,8 @@ class Forward:
     copy_hidden: Tensor | None
     """bool [B, copy]: which of them are padding."""
     attend: LSEAttention | None
+    reached: Tensor
+    """int [blocks]: how often each block's joint attention saw N. On the CPU: read without waiting for a device."""
 
 
 class VSFPatch:
@@ -113,7 +118,7 @@ class VSFPatch:
         diffusion_model = _unwrapped(guider.model_patcher.model.diffusion_model)
         self._check_negatives([entry for _, entry in entries], diffusion_model)
         counts = self.family.block_counts(diffusion_model)
-        run = Run(parse_blocks("", counts), parse_blocks(self.settings.blocks, counts), longest)
+        run = Run(tuple(sorted(all_blocks(counts))), parse_blocks(self.settings.blocks, counts), longest)
         for _, entry in entries:
             entry["model_conds"] = {**entry["model_conds"], KEY: negatives_of(entry)}
         options = guider.model_options["transformer_options"]  # this run's own copy
@@ -202,8 +207,7 @@ class VSFPatch:
         context = torch.cat([tokens, c_crossattn, *copy], dim=1)
         options = self._patched_options(transformer_options, forward)
         result = executor(x, t, c_concat, context, control, options, **kwargs)
-        if not run.reported:
-            self._report(run)
+        self._check_reached(run, forward, compiled=diffusion_model is not executor.class_obj.diffusion_model)
         return result
 
     def _forward(self, run: Run, ours: dict, tokens: Tensor, dtype: torch.dtype, diffusion_model: Any) -> Forward:
@@ -225,31 +229,39 @@ class VSFPatch:
             copy=length if released else 0,
             copy_hidden=copy_hidden,
             attend=lse_attention(tokens.device, dtype, self.family.head_dim(diffusion_model)),
+            reached=torch.zeros(len(run.blocks), dtype=torch.int32),
         )
 
     def _patched_options(self, options: dict, forward: Forward) -> dict:
         """A copy of ``transformer_options`` in which each block's patch is wrapped, so that we know where we are."""
         replace = options.get("patches_replace", {})
         dit = dict(replace.get("dit", {}))
-        for block in forward.run.expected:
+        for position, block in enumerate(forward.run.blocks):
             key = (f"{block[0]}_block", block[1])
-            dit[key] = partial(_run_block, block, dit.get(key), forward)
-        return {**options, "patches_replace": {**replace, "dit": dit}}
+            dit[key] = partial(_run_block, block, position, dit.get(key))
+        return {**options, "patches_replace": {**replace, "dit": dit}, FORWARD_KEY: forward}
 
-    def _report(self, run: Run) -> None:
-        """After the first forward pass: fail if the negative reached nothing, else say once what is going on."""
-        run.reported = True
-        if not run.reached:
+    def _check_reached(self, run: Run, forward: Forward, compiled: bool) -> None:
+        """After a forward pass: fail if the negative reached nothing, and say once a run what is going on.
+
+        A later pass that runs no block is some cache's doing (TeaCache), unless the model is compiled: then a graph
+        from a run without VSF was used.
+        """
+        reached = int(forward.reached.count_nonzero())
+        if reached == 0 and (compiled or not run.reported):
             raise RuntimeError(
                 "VSF: no block of this model ran through ComfyUI's block patches, so the negative had no effect. "
-                "Another node probably replaces the model's forward pass; remove it, or put it on a model without VSF."
+                "Another node probably replaces the model's forward pass, or torch.compile reused a graph compiled "
+                "without VSF; remove that node, or put it on a model without VSF."
             )
-        s = self.settings
-        log.info(
-            f"VSF: {self.family.title}: {run.tokens} negative tokens, scale {s.scale:g}, offset {s.offset:g}, "
-            f"layout {s.layout}, {len(run.selected)} of {len(run.expected)} blocks, reached {len(run.reached)}, "
-            f"attention: {', '.join(sorted(run.paths))}"
-        )
+        if not run.reported:
+            run.reported = True
+            s = self.settings
+            log.info(
+                f"VSF: {self.family.title}: {run.tokens} negative tokens, scale {s.scale:g}, offset {s.offset:g}, "
+                f"layout {s.layout}, {len(run.selected)} of {len(run.blocks)} blocks, reached {reached}, "
+                f"attention: {', '.join(sorted(run.paths))}"
+            )
 
 
 def _unwrapped(diffusion_model: Any) -> Any:
@@ -272,14 +284,15 @@ def _is_active(entry: dict, timestep: Tensor) -> bool:
     )
 
 
-def _run_block(block: Block, previous: Callable | None, forward: Forward, args: dict, extra: Mapping) -> dict:
+def _run_block(block: Block, position: int, previous: Callable | None, args: dict, extra: Mapping) -> dict:
     """An entry of ``patches_replace["dit"]``: the block with VSF's attention, inside whatever was there before."""
 
     def original(inner: dict) -> dict:
         options = inner["transformer_options"]
+        forward: Forward = options[FORWARD_KEY]
         layout = forward.family.layout(inner, forward.tokens)
         calls: list[str] = []
-        override = partial(_attention_override, block, layout, forward, calls, options.get(OVERRIDE))
+        override = partial(_attention_override, block, layout, calls, options.get(OVERRIDE))
         out = extra["original_block"]({**inner, "transformer_options": {**options, OVERRIDE: override}})
         if not calls:
             raise RuntimeError(
@@ -287,7 +300,7 @@ def _run_block(block: Block, previous: Callable | None, forward: Forward, args: 
                 f"({layout.length} tokens), so the negative had no effect. This ComfyUI, or another node, computes "
                 "this block's attention in a way that this version of ComfyUI-VSF does not know. Please report it."
             )
-        forward.run.reached.add(block)
+        forward.reached[position].add_(1)
         forward.run.paths.add(calls[0])
         return out
 
@@ -299,7 +312,6 @@ def _run_block(block: Block, previous: Callable | None, forward: Forward, args: 
 def _attention_override(
     block: Block,
     layout: TokenLayout,
-    forward: Forward,
     calls: list[str],
     previous: Callable | None,
     func: Callable,
@@ -314,6 +326,7 @@ def _attention_override(
     **kwargs: Any,
 ) -> Tensor:
     """ComfyUI's attention call, made VSF where it is the block's joint one; any other passes through."""
+    forward: Forward = kwargs["transformer_options"][FORWARD_KEY]
     host = func if previous is None else partial(previous, func)
     kwargs["attn_precision"] = attn_precision
     kwargs["transformer_options"] = _with_override(kwargs["transformer_options"], previous)

@@ -42,6 +42,8 @@ class Encoder:
     segments: tuple[Segment, ...]
 
 
+_T5 = Segment("T5", {"t5xxl": "t5xxl"}, causal=False)
+
 ENCODERS = (
     Encoder(
         "sd3",
@@ -49,17 +51,19 @@ ENCODERS = (
         "SD3ClipModel",
         (
             Segment("CLIP", {"l": "clip_l", "g": "clip_g"}, causal=True),
-            Segment("T5", {"t5xxl": "t5xxl"}, causal=False),
+            _T5,
         ),
     ),
+    Encoder("flux", "Flux.1 (DualCLIPLoader of type flux)", "FluxClipModel", (_T5,)),
 )
 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """``tokens`` [1, n, C] without padding; ``words``: what each segment's tokens stand for, for people."""
+    """``tokens`` [1, n, C] without padding; ``pooled`` [1, C']; ``words``: what each segment's tokens say to people."""
 
     tokens: Tensor
+    pooled: Tensor | None
     encoder: str
     words: dict[str, list[str]]
 
@@ -73,13 +77,14 @@ def encode_negative(clip: Any, text: str, extrapolation: float = 0.0) -> Encoded
     encoder = _encoder_of(clip)
     tokens = clip.tokenize(text)
     parts, words = [], {}
-    for segment, embedding, content in _segments(clip, encoder, tokens, trim=True):
+    segments, pooled = _segments(clip, encoder, tokens, trim=True)
+    for segment, embedding, content in segments:
         kept = embedding[:, :content]
         if extrapolation:
             kept = extrapolate(kept, _null_embeddings(clip, encoder)[segment.name], extrapolation)
         parts.append(kept)
         words[segment.name] = _words(clip, segment, tokens)
-    return EncodedPrompt(torch.cat(parts, dim=1), encoder.name, words)
+    return EncodedPrompt(torch.cat(parts, dim=1), pooled, encoder.name, words)
 
 
 def _encoder_of(clip: Any) -> Encoder:
@@ -94,8 +99,11 @@ def _encoder_of(clip: Any) -> Encoder:
     )
 
 
-def _segments(clip: Any, encoder: Encoder, tokens: dict, *, trim: bool) -> list[tuple[Segment, Tensor, int]]:
-    """Encode ``tokens``; for each present segment its embedding [1, L, C] and how many leading positions are content.
+def _segments(
+    clip: Any, encoder: Encoder, tokens: dict, *, trim: bool
+) -> tuple[list[tuple[Segment, Tensor, int]], Tensor | None]:
+    """Encode ``tokens``: each present segment with its embedding [1, L, C] and how many leading positions are content;
+    and the pooled embedding.
 
     ``trim`` shortens the token lists of bidirectional encoders before they are encoded.
     """
@@ -114,13 +122,13 @@ def _segments(clip: Any, encoder: Encoder, tokens: dict, *, trim: bool) -> list[
             of_keys.append((before + len(last), before + content))
         lengths.append(min(length for length, _ in of_keys))  # as SD3 cuts CLIP-L and CLIP-G to the shorter one
         contents.append(min(lengths[-1], max(content for _, content in of_keys)))
-    embedding = clip.encode_from_tokens(tokens)
+    embedding, pooled = clip.encode_from_tokens(tokens, return_pooled=True)
     if embedding.shape[1] != sum(lengths):
         raise RuntimeError(
             f"VSF: {encoder.model_class} returned {embedding.shape[1]} positions where {sum(lengths)} were expected; "
             "this ComfyUI encodes text in a way that this version of ComfyUI-VSF does not know. Please report it."
         )
-    return list(zip(present, embedding.split(lengths, dim=1), contents, strict=True))
+    return list(zip(present, embedding.split(lengths, dim=1), contents, strict=True)), pooled
 
 
 _null_cache: WeakKeyDictionary = WeakKeyDictionary()
@@ -132,7 +140,7 @@ def _null_embeddings(clip: Any, encoder: Encoder) -> dict[str, Tensor]:
     cached = _null_cache.setdefault(clip.cond_stage_model, {})
     if key not in cached:
         cached.clear()
-        padded = _segments(clip, encoder, clip.tokenize(""), trim=False)
+        padded, _ = _segments(clip, encoder, clip.tokenize(""), trim=False)
         cached[key] = {s.name: null_embedding(embedding, content) for s, embedding, content in padded}
     return cached[key]
 

@@ -71,6 +71,13 @@ class VSFModelPatch(io.ComfyNode):
                     tooltip="paper: Listing 1 of the paper. released: what the authors' published pipeline does, where "
                     "a plain copy of the negative stays visible; its scale 3.3 is as gentle as about 1 here.",
                 ),
+                io.Boolean.Input(
+                    "affect_references",
+                    default=True,
+                    optional=True,
+                    tooltip="Flux Kontext: whether the reference images' tokens see the negative too. Masks of "
+                    "negatives never apply to them.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The patched model, for any sampler or guider.")],
         )
@@ -85,6 +92,7 @@ class VSFModelPatch(io.ComfyNode):
         end_percent: float = 1.0,
         blocks: str = "",
         layout: str = "paper",
+        affect_references: bool = True,
     ) -> io.NodeOutput:
         for name, value in (("scale", scale), ("offset", offset)):
             if not math.isfinite(value):
@@ -99,5 +107,6 @@ class VSFModelPatch(io.ComfyNode):
         family = family_of(model.model)
         parse_blocks(blocks, family.block_counts(model.model.diffusion_model))
         patched = model.clone()
-        VSFPatch(Settings(scale, offset, start_percent, end_percent, blocks, layout), family).install(patched)
+        settings = Settings(scale, offset, start_percent, end_percent, blocks, layout, affect_references)
+        VSFPatch(settings, family).install(patched)
         return io.NodeOutput(patched)

@@ -23,13 +23,15 @@ class Negative:
     """One negative prompt: what ``VSFNegativeConditioning`` puts into every entry of the positive.
 
     tokens: [b, n, C] embeddings without padding; strength: multiplies alpha for these tokens; mask: [b, H, W] in 0..1,
-    where in the picture it acts, None = everywhere; encoder: name of the text encoder that made it, None = unknown.
+    where in the picture it acts, None = everywhere; encoder: name of the text encoder that made it, None = unknown;
+    pooled: [b, C'], the pooled embedding, which only the released pipeline of some families uses.
     """
 
     tokens: Tensor
     strength: float = 1.0
     mask: Tensor | None = None
     encoder: str | None = None
+    pooled: Tensor | None = None
 
 
 def negatives_of(entry: dict) -> tuple[Negative, ...]:
@@ -42,7 +44,7 @@ def count_tokens(negatives: Sequence[Negative]) -> int:
 
 
 def step_conds(
-    groups: Sequence[Sequence[Negative]], scale: float, offset: float, latent: Tensor
+    groups: Sequence[Sequence[Negative]], scale: float, offset: float, latent: Tensor, pooled: bool = False
 ) -> list[dict[str, Any]]:
     """What each of a step's entries (given by its negatives) adds to its ``model_conds``, so that all share one batch.
 
@@ -54,6 +56,7 @@ def step_conds(
     - ``vsf_bias``   [1, 1, n or 1]: beta per token; one column where an entry's tokens all share it
     - ``vsf_mask``   [b, m, h, w], where a negative has a mask: in latent resolution, cut by ComfyUI as areas are
     - ``vsf_mixed``  constant: some entry has padding
+    - ``vsf_pooled`` [b, 1, C'], with ``pooled``: the negative's pooled embedding, NaN where an entry has none
     """
     length = max(map(count_tokens, groups))
     width = next(n.tokens.shape[-1] for group in groups for n in group)
@@ -82,8 +85,16 @@ def step_conds(
         if masked:
             mask = _latent_mask(group, length, latent)
             conds["mask"] = comfy.conds.CONDNoiseShape(mask[:, :1] if shared_mask else mask)
+        if pooled:
+            conds["pooled"] = comfy.conds.CONDRegular(_pooled(group, groups).to(latent)[:, None])
         out.append({PREFIX + key: value for key, value in conds.items()})
     return out
+
+
+def _pooled(group: Sequence[Negative], groups: Sequence[Sequence[Negative]]) -> Tensor:
+    """The one negative's pooled embedding [b, C'], or NaN in its place."""
+    some = next(n.pooled for other in groups for n in other if n.pooled is not None)
+    return group[0].pooled if group and group[0].pooled is not None else torch.full_like(some[:1], torch.nan)
 
 
 def _padded(tokens: Sequence[Tensor], length: int, width: int) -> Tensor:

@@ -93,7 +93,7 @@ class VSFNegativeConditioning(io.ComfyNode):
             if clip is None:
                 raise ValueError("VSF: text needs clip: connect the text encoder that encodes the positive prompt.")
             encoded = encode_negative(clip, text, extrapolation)
-            made = Negative(encoded.tokens, strength, _checked_mask(mask), encoded.encoder)
+            made = Negative(encoded.tokens, strength, _checked_mask(mask), encoded.encoder, encoded.pooled)
             return io.NodeOutput(_attach(positive, made), ui=ui.PreviewText(_describe(encoded)))
         if negative is not None:
             if extrapolation:
@@ -102,7 +102,7 @@ class VSFNegativeConditioning(io.ComfyNode):
                     "of negative, or set extrapolation to 0."
                 )
             tokens = _taken_as_it_is(negative)
-            made = Negative(tokens, strength, _checked_mask(mask))
+            made = Negative(tokens, strength, _checked_mask(mask), pooled=negative[0][1].get("pooled_output"))
             return io.NodeOutput(_attach(positive, made), ui=ui.PreviewText(f"{tokens.shape[1]} tokens, as given"))
         return io.NodeOutput(positive, ui=ui.PreviewText("off: no negative"))
 

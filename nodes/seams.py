@@ -16,11 +16,12 @@ from typing import Any
 
 import comfy.patcher_extension
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..vsf_core import LSEAttention, TokenLayout, joint_attention, joint_attention_masked, lse_attention
 from .blocks import Block, all_blocks, parse_blocks
-from .families import Family
+from .families import Family, Released
 from .negative import KEY, PREFIX, Negative, count_tokens, negatives_of, step_conds
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class Settings:
     end: float
     blocks: str
     layout: str
+    affect_references: bool
 
 
 @dataclass(eq=False)
@@ -70,10 +72,10 @@ class Forward:
     alpha: Tensor
     bias: Tensor
     padding: Tensor | None
-    copy: int
-    """Tokens of the plain copy of N that the released layout leaves visible at the end of the text; else 0."""
-    copy_hidden: Tensor | None
-    """bool [B, copy]: which of them are padding."""
+    released: Released | None
+    """Set where the layout is that of the authors' released pipeline."""
+    hidden: Tensor | None
+    """bool [B, N]: which tokens of N, where the released layout shows it as ordinary text, are padding."""
     attend: LSEAttention | None
     reached: Tensor
     """int [blocks]: how often each block's joint attention saw N. On the CPU: read without waiting for a device."""
@@ -137,6 +139,13 @@ class VSFPatch:
 
     def _check_negatives(self, entries: Sequence[dict], diffusion_model: Any) -> None:
         width = self.family.context_width(diffusion_model)
+        for negatives in map(negatives_of, entries) if self._mixes_pooled() else ():
+            if len(negatives) > 1 or any(n.pooled is None for n in negatives):
+                raise ValueError(
+                    "VSF: layout released mixes the pooled embedding of one negative into the positive's here. "
+                    "Use one VSF Negative Conditioning with text (or a negative that has a pooled output), or layout "
+                    "paper."
+                )
         for negative in (n for entry in entries for n in negatives_of(entry)):
             if negative.encoder is not None and negative.encoder not in self.family.encoders:
                 raise ValueError(
@@ -149,6 +158,9 @@ class VSFPatch:
                     f"VSF: the negative's embedding is {negative.tokens.shape[-1]} wide, but this model "
                     f"({self.family.title}) takes {width}. Encode it with this model's own text encoder."
                 )
+
+    def _mixes_pooled(self) -> bool:
+        return self.settings.layout == "released" and self.family.released.pooled is not None
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -178,7 +190,8 @@ class VSFPatch:
             return {}
         key = (tuple(map(id, groups)), x_in.shape, x_in.device)
         if key not in run.cache:  # groups are kept with the result, so that their ids stay theirs
-            run.cache[key] = groups, step_conds(groups, self.settings.scale, self.settings.offset, x_in)
+            s, pooled = self.settings, self._mixes_pooled()
+            run.cache[key] = groups, step_conds(groups, s.scale, s.offset, x_in, pooled)
         return dict(zip(map(id, entries), run.cache[key][1], strict=True))
 
     # -- one forward pass ---------------------------------------------------------------------------------------------
@@ -201,36 +214,50 @@ class VSFPatch:
         diffusion_model = _unwrapped(executor.class_obj.diffusion_model)
         run: Run = transformer_options[RUN_KEY]
         tokens = ours["tokens"].to(c_crossattn)
-        forward = self._forward(run, ours, tokens, executor.class_obj.get_dtype_inference(), diffusion_model)
+        dtype = executor.class_obj.get_dtype_inference()
+        forward = self._forward(run, ours, x, kwargs, dtype, diffusion_model)
         # N0 goes before P: text has no order here, and what is left of the sequence is then one contiguous view.
-        copy = [tokens] if forward.copy else []
+        copy = [tokens] if forward.released is not None and forward.released.copy else []
         context = torch.cat([tokens, c_crossattn, *copy], dim=1)
+        if kwargs.get("attention_mask") is not None:
+            kwargs["attention_mask"] = _grown_mask(kwargs["attention_mask"], tokens.shape[1])
+        if "pooled" in ours:
+            kwargs["y"] = _mixed_pooled(kwargs["y"], ours["pooled"][:, 0], self.family.released.pooled)
         options = self._patched_options(transformer_options, forward)
         result = executor(x, t, c_concat, context, control, options, **kwargs)
         self._check_reached(run, forward, compiled=diffusion_model is not executor.class_obj.diffusion_model)
         return result
 
-    def _forward(self, run: Run, ours: dict, tokens: Tensor, dtype: torch.dtype, diffusion_model: Any) -> Forward:
-        bias = ours["bias"].float()
-        length = tokens.shape[1]
-        padding = torch.isinf(bias[:, 0]) if bias.shape[-1] == length > 1 else None
-        released = self.settings.layout == "released"
-        copy_hidden = torch.isinf(bias[:, 0]).expand(-1, length) if released and ours["mixed"] else None
-        if "mask" in ours:
-            # -log m: a soft mask scales the negative's attention weight by m; outside (m = 0) it is +inf, exactly
-            bias = bias - torch.log(self.family.image_tokens(ours["mask"].float()))
+    def _forward(
+        self, run: Run, ours: dict, latent: Tensor, conds: dict, dtype: torch.dtype, diffusion_model: Any
+    ) -> Forward:
+        bias, length = ours["bias"].float(), ours["tokens"].shape[1]
+        is_padding = torch.isinf(bias[:, 0])
+        released = self.family.released if self.settings.layout == "released" else None
         return Forward(
             family=self.family,
             run=run,
             tokens=length,
             alpha=ours["alpha"].float(),
-            bias=bias,
-            padding=padding,
-            copy=length if released else 0,
-            copy_hidden=copy_hidden,
-            attend=lse_attention(tokens.device, dtype, self.family.head_dim(diffusion_model)),
+            bias=self._image_bias(bias, ours.get("mask"), latent, self.family.reference_tokens(conds)),
+            padding=is_padding if is_padding.shape[1] > 1 else None,
+            released=released,
+            hidden=is_padding.expand(-1, length) if released is not None and ours["mixed"] else None,
+            attend=lse_attention(latent.device, dtype, self.family.head_dim(diffusion_model)),
             reached=torch.zeros(len(run.blocks), dtype=torch.int32),
         )
+
+    def _image_bias(self, bias: Tensor, mask: Tensor | None, latent: Tensor, references: int) -> Tensor:
+        """Beta per token [B, 1, n or 1], plus masks and what reference images may see: [B, I or 1, n or 1]."""
+        excluded = references if not self.settings.affect_references else 0
+        if mask is None and not excluded:
+            return bias
+        if mask is None:
+            mask = torch.ones(1, 1, *latent.shape[-2:], device=latent.device)
+        inside = self.family.image_tokens(mask.float())
+        beside = inside.new_full((inside.shape[0], references, inside.shape[2]), 0.0 if excluded else 1.0)
+        # -log m: a soft mask scales the negative's attention weight by m; outside (m = 0) it is +inf, exactly
+        return bias - torch.log(torch.cat([inside, beside], dim=1))
 
     def _patched_options(self, options: dict, forward: Forward) -> dict:
         """A copy of ``transformer_options`` in which each block's patch is wrapped, so that we know where we are."""
@@ -290,7 +317,7 @@ def _run_block(block: Block, position: int, previous: Callable | None, args: dic
     def original(inner: dict) -> dict:
         options = inner["transformer_options"]
         forward: Forward = options[FORWARD_KEY]
-        layout = forward.family.layout(inner, forward.tokens)
+        layout = forward.family.layout(block[0], inner, forward.tokens)
         calls: list[str] = []
         override = partial(_attention_override, block, layout, calls, options.get(OVERRIDE))
         out = extra["original_block"]({**inner, "transformer_options": {**options, OVERRIDE: override}})
@@ -340,17 +367,18 @@ def _attention_override(
 
     if not skip_reshape:
         q, k, v = (t.reshape(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k, v))  # SD3's v is 4-D already
-    if mask is not None:
-        raise NotImplementedError("VSF: this model's attention has a mask, which VSF does not handle for it yet.")
+    mask = _total_mask(mask, layout, block, forward, q.dtype)
     bias = forward.bias if block in forward.run.selected else None
-    key_mask = _copy_mask(layout, forward)
     shared = (q, k, v, layout, forward.alpha, bias)
-    if previous is None and func.__name__ == "attention_pytorch" and forward.attend is not None and key_mask is None:
+    if forward.released is not None and block[0] not in forward.released.kinds:
+        calls.append("ordinary text")
+        out = black_box(q, k, v, mask)
+    elif previous is None and func.__name__ == "attention_pytorch" and forward.attend is not None and mask is None:
         calls.append(f"log-sum-exp merge ({forward.attend.__name__})")
         out = joint_attention(*shared, forward.attend, forward.padding, kwargs.get("scale"))
     else:
         calls.append(f"row mask ({getattr(func if previous is None else previous, '__name__', 'override')})")
-        out = joint_attention_masked(*shared, black_box, forward.padding, key_mask)
+        out = joint_attention_masked(*shared, black_box, forward.padding, mask)
     return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
 
@@ -360,12 +388,35 @@ def _with_override(options: dict, previous: Callable | None) -> dict:
     return restored if previous is None else {**restored, OVERRIDE: previous}
 
 
-def _copy_mask(layout: TokenLayout, forward: Forward) -> Tensor | None:
-    """Hides the padding of the released layout's plain copy of N: additive [B, 1, 1, L]; None if there is none."""
-    if forward.copy_hidden is None:
-        return None
-    end = layout.span("P").stop
-    batch = forward.copy_hidden.shape[0]
-    mask = torch.zeros(batch, 1, 1, layout.length, device=forward.bias.device)
-    mask[:, 0, 0, end - forward.copy : end].masked_fill_(forward.copy_hidden, -torch.inf)
-    return mask
+def _grown_mask(mask: Tensor, negative: int) -> Tensor:
+    """The user's attention mask over [P, I] made one over [N, P, I]; N's own rows and columns are left to VSF."""
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
+    rows = negative if mask.ndim > 2 and mask.shape[-2] > 1 else 0
+    return F.pad(mask, (negative, 0, rows, 0) if mask.ndim > 1 else (negative, 0))
+
+
+def _total_mask(
+    mask: Tensor | None, layout: TokenLayout, block: Block, forward: Forward, dtype: torch.dtype
+) -> Tensor | None:
+    """What besides VSF's own rules keeps queries from keys: additive [B or 1, 1, 1 or L, L] or None.
+
+    That is the caller's mask, and the padding of N where the released layout shows it as ordinary text.
+    """
+    if mask is not None:
+        mask = mask.reshape(-1, 1, *mask.shape[-2:]).to(dtype)
+    if forward.hidden is None or forward.released is None:
+        return mask
+    end = layout.span("N").stop if block[0] not in forward.released.kinds else layout.span("P").stop
+    if end == layout.span("P").stop and not forward.released.copy:
+        return mask
+    hidden = torch.zeros(forward.hidden.shape[0], 1, 1, layout.length, device=forward.bias.device, dtype=dtype)
+    hidden[:, 0, 0, end - forward.tokens : end].masked_fill_(forward.hidden, -torch.inf)
+    return hidden if mask is None else mask + hidden
+
+
+def _mixed_pooled(positive: Tensor, negative: Tensor, weight: float | None) -> Tensor:
+    """The released pipeline's pooled embedding, neg + w (pos - neg); the positive's where the negative's is NaN."""
+    assert weight is not None
+    negative = negative.to(positive)
+    return torch.where(torch.isnan(negative), positive, negative + weight * (positive - negative))

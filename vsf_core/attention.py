@@ -114,38 +114,43 @@ def joint_attention_masked(
     bias: Tensor | None,
     attend: Attention,
     padding: Tensor | None = None,
-    key_mask: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """``joint_attention`` through a black box: each group of queries gets a mask of one row (or a chunk of rows).
 
-    ``key_mask``: additive [B or 1, 1, 1, L] over the sequence's keys, e.g. -inf on padding of the text.
-    No L x L tensor exists: a bias that differs between image tokens is applied to a chunk of rows at a time.
+    ``mask``: an additive mask of the caller's own over the sequence, [B or 1, 1, 1 or L, L], which VSF's is added to.
+    No L x L tensor is made here: a bias that differs between image tokens is applied to a chunk of rows at a time.
     """
     i, p, n = layout.span("I"), layout.span("P"), layout.span("N")
-    rows = q.new_zeros(1, 1, 1, layout.length) if key_mask is None else key_mask.to(q.dtype)
+    given = q.new_zeros(1, 1, 1, layout.length) if mask is None else mask.to(q.dtype)
     visible = -_padding_bias(padding, q).to(q.dtype)[:, None]
+    keys, values = layout.without_negative(k), layout.without_negative(v)
     out = torch.empty_like(q)
 
-    positive_rows = None if key_mask is None else layout.without_negative(rows.mT).mT
+    def rows(group: slice) -> Tensor:
+        return given[:, :, group] if given.shape[2] > 1 else given
+
+    def plain(group: slice) -> Tensor:
+        seen = None if mask is None else layout.without_negative(rows(group).mT).mT
+        return attend(q[:, :, group], keys, values, seen)
+
     if bias is None:
-        out[:, :, i] = attend(q[:, :, i], layout.without_negative(k), layout.without_negative(v), positive_rows)
+        out[:, :, i] = plain(i)
     else:
         flipped = v.clone()
         flipped[:, :, n] *= -alpha[:, None].to(v.dtype)
-        for chunk in _row_chunks(q[:, :, i], layout.length):
+        varies = bias.shape[1] > 1 or given.shape[2] > 1
+        for chunk in _row_chunks(q[:, :, i], layout.length) if varies else [slice(0, layout.image)]:
+            image = slice(i.start + chunk.start, i.start + chunk.stop)
             beta = bias[:, chunk] if bias.shape[1] > 1 else bias
-            seen = visible - beta[:, None].to(q.dtype)
-            mask = _set_columns(rows, n, rows[..., n] + seen)
-            image = slice(i.start + chunk.start, i.start + chunk.stop) if bias.shape[1] > 1 else i
-            out[:, :, image] = attend(q[:, :, image], k, flipped, mask)
-            if bias.shape[1] == 1:
-                break
+            seen = _add_columns(rows(image), n, visible - beta[:, None].to(q.dtype))
+            out[:, :, image] = attend(q[:, :, image], k, flipped, seen)
     if layout.positive:
-        out[:, :, p] = attend(q[:, :, p], layout.without_negative(k), layout.without_negative(v), positive_rows)
+        out[:, :, p] = plain(p)
     if layout.negative:
-        mask = _set_columns(rows, n, rows[..., n] + visible)
-        mask[..., p] = -torch.inf
-        out[:, :, n] = attend(q[:, :, n], k, v, mask)
+        isolated = _add_columns(rows(n), n, visible)
+        isolated[..., p] = -torch.inf
+        out[:, :, n] = attend(q[:, :, n], k, v, isolated)
     return out
 
 
@@ -156,11 +161,11 @@ def _padding_bias(padding: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(padding, dtype=torch.float32).masked_fill(padding, torch.inf)[:, None]
 
 
-def _set_columns(rows: Tensor, columns: slice, values: Tensor) -> Tensor:
-    """A copy of ``rows`` [b, 1, r, L] with ``columns`` set to ``values``, broadcast over batch and rows."""
-    b, _, r, _ = torch.broadcast_shapes(rows[..., :1].shape, values[..., :1].shape)
-    out = rows.expand(b, 1, r, -1).clone()
-    out[..., columns] = values
+def _add_columns(rows: Tensor, columns: slice, values: Tensor) -> Tensor:
+    """A copy of ``rows`` [b, 1, r, L] with ``values`` added to ``columns``, broadcast over batch and rows."""
+    total = rows[..., columns] + values
+    out = rows.expand(total.shape[0], 1, total.shape[2], -1).clone()
+    out[..., columns] = total
     return out
 
 

@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from .base import Family
+from .base import Family, Released
+from .flux import Flux
 from .sd3 import SD3
 
-FAMILIES: tuple[Family, ...] = (SD3(),)
+FAMILIES: tuple[Family, ...] = (SD3(), Flux())
 
 
 def family_of(model: Any) -> Family:
@@ -25,4 +26,4 @@ def family_of(model: Any) -> Family:
     )
 
 
-__all__ = ["FAMILIES", "Family", "family_of"]
+__all__ = ["FAMILIES", "Family", "Released", "family_of"]

@@ -1,7 +1,9 @@
 """What the seams need to know of a model family."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...vsf_core import TokenLayout
+
+
+@dataclass(frozen=True)
+class Released:
+    """How the authors' released pipeline differs from the paper's layout."""
+
+    copy: bool
+    """A plain copy of N stays in the text stream, as ordinary text: [P, N, N0]."""
+    kinds: frozenset[str]
+    """Types of the blocks that run VSF; in others N0 is an ordinary text token."""
+    pooled: float | None = None
+    """Weight w of the pooled embedding's mix: neg + w (pos - neg); None where it stays the positive's."""
 
 
 class Family(ABC):
@@ -22,6 +36,7 @@ class Family(ABC):
     """Names of the text encoders whose negatives fit (``encode.ENCODERS``)."""
     patch_size: int = 2
     """Latent pixels per image token, along each side."""
+    released: Released
 
     def check(self, model: Any) -> None:  # noqa: B027 (most families have nothing to refuse)
         """Raise ``ValueError`` for a variant of the family that VSF cannot serve."""
@@ -39,8 +54,16 @@ class Family(ABC):
         """Channels of one attention head."""
 
     @abstractmethod
-    def layout(self, args: Mapping[str, Any], negative: int) -> TokenLayout:
-        """The joint sequence inside one block, from the arguments ComfyUI hands to a block patch."""
+    def layout(self, kind: str, args: Mapping[str, Any], negative: int) -> TokenLayout:
+        """The joint sequence inside a block of type ``kind``, from the arguments ComfyUI hands to a block patch."""
+
+    def reference_tokens(self, conds: Mapping[str, Any]) -> int:
+        """How many tokens of reference images the model appends to the image's, from its conds."""
+        return 0
+
+    def grid(self, latent: Tensor) -> int:
+        """Image tokens of a latent [B, C, ..., h, w]."""
+        return math.prod(-(-size // self.patch_size) for size in latent.shape[-2:])
 
     def image_tokens(self, mask: Tensor) -> Tensor:
         """A latent-sized mask [B, m, h, w] as [B, I, m], one row an image token: the share of it that is inside."""

@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...vsf_core import TokenLayout
-from .base import Family
+from .base import Family, Released
 
 
 class SD3(Family):
     title = "Stable Diffusion 3 and 3.5 (Large, Large Turbo, Medium)"
     model_classes = frozenset({"comfy.model_base.SD3"})
     encoders = frozenset({"sd3"})
+    released = Released(copy=True, kinds=frozenset({"double"}))
 
     def check(self, model: Any) -> None:
         mmdit = model.diffusion_model
@@ -29,6 +30,6 @@ class SD3(Family):
     def head_dim(self, diffusion_model: Any) -> int:
         return diffusion_model.hidden_size // diffusion_model.num_heads
 
-    def layout(self, args: Mapping[str, Any], negative: int) -> TokenLayout:
+    def layout(self, kind: str, args: Mapping[str, Any], negative: int) -> TokenLayout:
         text = args["txt"].shape[1]
         return TokenLayout(image=args["img"].shape[1], positive=text - negative, negative=negative)

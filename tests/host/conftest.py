@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, os.environ["VSF_COMFYUI"])
@@ -38,7 +37,3 @@ def pack() -> SimpleNamespace:
         mapping=mapping,
     )
 
-
-@pytest.fixture(autouse=True)
-def _few_threads():
-    torch.set_num_threads(2)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import conditioning, load_sd3, relative, sample, text
+from helpers import conditioning, load_sd3, relative, sample, spy_override, text, with_override
 from oracle import Expect, oracle_model
 
 import nodes
@@ -151,6 +151,10 @@ def test_timestep_ranges(pack, model):
     stock, vsf = steps(model, plain + other), steps(pack.patch(model), plain + attached)
     same = [torch.equal(a, b) for a, b in zip(stock, vsf, strict=True)]
     assert same[0] and same[1] and not same[-1]
+    seen = []  # and no token of N is carried along before its time
+    sample(with_override(pack.patch(model), spy_override(seen)), plain + attached, steps=6)
+    late = seen.index(4 + 13 + 8 * 12)
+    assert late >= 3 * 2 and set(seen[:late]) == {13 + 8 * 12}
 
 
 def test_negative_with_an_attention_mask_is_trimmed(pack, model):

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import codec
 import torch
 from torch import Tensor
 
@@ -88,21 +89,11 @@ def clip_l(seed: int = 0) -> StateDict:
     return state
 
 
-def taesd(latent_channels: int = 16, seed: int = 0) -> tuple[StateDict, StateDict]:
-    """A TAESD-format (encoder, decoder), untrained."""
-    from comfy.taesd.taesd import Decoder, Encoder
-
-    torch.manual_seed(seed)
-    return Encoder(latent_channels).state_dict(), Decoder(latent_channels).state_dict()
-
-
 def write_all(out: Path) -> None:
     """The demo's models, each written whole or not at all."""
-    encoder, decoder = taesd()
     _save({k: v.half() for k, v in sd3(context=4096).items()}, out / "diffusion_models" / "vsf_tiny_sd3.safetensors")
     _save(clip_l(), out / "text_encoders" / "vsf_tiny_clip_l.safetensors")
-    _save(encoder, out / "vae_approx" / "taesd3_encoder.safetensors")
-    _save(decoder, out / "vae_approx" / "taesd3_decoder.safetensors")
+    codec.write(out / "vae_approx")
 
 
 def _save(state: StateDict, path: Path) -> None:

@@ -15,6 +15,7 @@ from vsf_core import (
     joint_attention,
     joint_attention_masked,
     joint_attention_reference,
+    joint_mask,
     lse_attention,
 )
 
@@ -217,6 +218,21 @@ def test_rows_are_chunked(monkeypatch):
             assert relative(run_joint(path, q, k, v, layout, torch.ones(1, 1, 1), bias), whole) < 1e-6
 
 
+def test_black_box_respects_a_mask_of_every_pair():
+    """The caller's own mask [B, 1, L, L] adds to VSF's."""
+    layout = TokenLayout(50, 11, 7)
+    q, k, v = make(layout, batch=2, spread=6.0)
+    mask = torch.randn(2, 1, layout.length, layout.length, generator=torch.Generator().manual_seed(3))
+    mask[:, :, layout.span("N")] = 0.0
+    mask[..., layout.span("N")] = 0.0
+    alpha, bias = torch.full((1, 1, 1), 3.3), torch.full((1, 1, 1), 0.2)
+    result = joint_attention_masked(q, k, v, layout, alpha, bias, black_box, mask=mask)
+    dense = joint_mask(layout, bias) + F.pad(mask, (0, 7))
+    keys = torch.cat((k, k[:, :, layout.span("N")]), 2)
+    values = torch.cat((v, -3.3 * v[:, :, layout.span("N")]), 2)
+    assert relative(result, F.scaled_dot_product_attention(q, keys, values, attn_mask=dense)) < 1e-5
+
+
 def test_black_box_respects_a_key_mask():
     layout = TokenLayout(50, 11, 7)
     q, k, v = make(layout, spread=6.0)
@@ -224,11 +240,11 @@ def test_black_box_respects_a_key_mask():
     key_mask = torch.zeros(1, 1, 1, layout.length)
     key_mask[..., [9, 10]] = -math.inf
     alpha, bias = torch.full((1, 1, 1), 3.3), torch.full((1, 1, 1), 0.2)
-    masked = joint_attention_masked(q, k, v, layout, alpha, bias, black_box, key_mask=key_mask)
+    masked = joint_attention_masked(q, k, v, layout, alpha, bias, black_box, mask=key_mask)
     short = TokenLayout(50, 9, 7)
     expected = joint_attention_reference(q[:, :, keep], k[:, :, keep], v[:, :, keep], short, alpha, bias)
     assert relative(masked[:, :, keep], expected) < 1e-5
-    hidden = joint_attention_masked(q, k, v, layout, alpha, None, black_box, key_mask=key_mask)
+    hidden = joint_attention_masked(q, k, v, layout, alpha, None, black_box, mask=key_mask)
     plain = oracle(q[:, :, keep], k[:, :, keep], v[:, :, keep], short, alpha, None)
     assert relative(hidden[:, :, keep], plain) < 1e-5
 

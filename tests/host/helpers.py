@@ -11,20 +11,26 @@ def load_sd3(**kw):
     return comfy.sd.load_diffusion_model_state_dict(tiny.sd3(**kw))
 
 
+def load_flux(**kw):
+    """A tiny random Flux.1 through ComfyUI's own loader."""
+    return comfy.sd.load_diffusion_model_state_dict(tiny.flux(**kw))
+
+
 def text(length, seed, width=64, batch=1):
     g = torch.Generator().manual_seed(seed)
     return torch.randn(batch, length, width, generator=g)
 
 
-def conditioning(length=13, seed=1, width=64, **options):
+def conditioning(length=13, seed=1, width=64, pooled_width=2048, **options):
     """A CONDITIONING of one entry."""
-    pooled = text(1, seed + 1000, 2048)[:, 0] * 0.5
+    pooled = text(1, seed + 1000, pooled_width)[:, 0] * 0.5
     return [[text(length, seed, width), {"pooled_output": pooled, **options}]]
 
 
 def sample(model, positive, negative=None, *, cfg=1.0, size=(16, 24), batch=1, steps=3, sampler="euler", seed=7, **kw):
     """The final latent of a run through ComfyUI's sampler."""
-    negative = conditioning(seed=99) if negative is None else negative
+    if negative is None:
+        negative = conditioning(seed=99, pooled_width=positive[0][1]["pooled_output"].shape[1])
     latent = torch.zeros(batch, 16, *size)
     noise = comfy.sample.prepare_noise(latent, seed)
     return comfy.sample.sample(model, noise, steps, cfg, sampler, "simple", positive, negative, latent, seed=seed, **kw)

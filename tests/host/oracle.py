@@ -7,6 +7,7 @@ and appends the negative at the END of the text (the pack puts it first). Entrie
 import contextlib
 from dataclasses import dataclass, field
 
+import comfy.ldm.flux.math as flux_math
 import comfy.ldm.modules.diffusionmodules.mmdit as mmdit
 import torch
 
@@ -15,7 +16,8 @@ import torch
 class Expect:
     """What the oracle should do to the entry whose text embedding equals ``positive`` [1, P, C].
 
-    negative [1, n, C]; alpha: float or [n]; beta: float; keep: [I, n] in 0..1 or None; blocks: indices that see N.
+    negative [1, n, C]; alpha: float or [n]; beta: float; keep: [I, n] in 0..1 or None; blocks: indices that see N,
+    counted over all blocks; pooled [1, C']: the negative's, where the released pipeline mixes it in.
     """
 
     positive: torch.Tensor
@@ -24,6 +26,7 @@ class Expect:
     beta: float
     keep: torch.Tensor | None = None
     blocks: frozenset | None = None
+    pooled: torch.Tensor | None = None
 
 
 @dataclass
@@ -33,6 +36,12 @@ class Record:
     joint: int = 0
     passed: int = 0
     forwards: list = field(default_factory=list)
+    blocks: int = 0
+
+    def block(self):
+        """The index of the block at work, counted over one forward's joint calls."""
+        self.blocks += 1
+        return self.blocks - 1
 
 
 def dense(q, k, v, heads, allowed, bias):
@@ -45,10 +54,11 @@ def dense(q, k, v, heads, allowed, bias):
     return (logits.softmax(-1) @ v).transpose(1, 2).reshape(b, -1, c)
 
 
-def listing_1(q, k, v, heads, image, positive, n, expect, block):
-    """Sequence [P, N0, I] (text first, as the model file builds it), keys of N1 appended.
+def listing_1(q, k, v, heads, image, positive, n, expect, block, user_mask=None):
+    """Sequence [P, N0, I] (text first, as the model file builds it), keys of N1 appended. q, k, v [B, L, H*D].
 
     In the released pipeline's [P, N, N0] the plain copy N is ordinary text: it counts as the end of P here.
+    ``user_mask``: additive, [B, L, L] over the sequence.
     """
     length = positive + n + image
     p, n0, i = slice(0, positive), slice(positive, positive + n), slice(positive + n, length)
@@ -67,14 +77,13 @@ def listing_1(q, k, v, heads, image, positive, n, expect, block):
         bias[i, n1] += expect.keep.double().log()
     if expect.blocks is not None and block not in expect.blocks:
         allowed[i, n1] = False
+    if user_mask is not None:
+        bias = bias + torch.nn.functional.pad(user_mask.double(), (0, n))[:, None]
     return dense(q, k, v, heads, allowed, bias).to(q.dtype)
 
 
-@contextlib.contextmanager
-def sd3_attention(image, positive, n, expect, record):
-    """While open, SD3's attention on [text, image] is Listing 1; on the image alone (Medium) it is untouched."""
-    original = mmdit.optimized_attention
-    joint = {"block": 0}
+def sd3_attention(original, image, positive, n, expect, record, released, user_mask):
+    """SD3's attention on [text, image] is Listing 1; on the image alone (Medium) it is untouched."""
 
     def attention(q, k, v, heads, **kwargs):
         if q.shape[1] == image:
@@ -82,19 +91,50 @@ def sd3_attention(image, positive, n, expect, record):
             return original(q, k, v, heads=heads, **kwargs)
         assert q.shape[1] == positive + n + image
         record.joint += 1
-        joint["block"] += 1
-        return listing_1(q, k, v, heads, image, positive, n, expect, joint["block"] - 1)
+        return listing_1(q, k, v, heads, image, positive, n, expect, record.block())
 
-    mmdit.optimized_attention = attention
+    return attention
+
+
+def flux_attention(doubles):
+    """Flux's attention, [B, H, L, D], in double and single blocks. Released: single blocks are plain attention."""
+
+    def make(original, image, positive, n, expect, record, released, user_mask):
+        def attention(q, k, v, heads, skip_reshape=False, mask=None, **kwargs):
+            assert skip_reshape and q.shape[2] == positive + n + image
+            record.joint += 1
+            block = record.block()
+            q, k, v = (t.transpose(1, 2).flatten(2) for t in (q, k, v))
+            if released and block >= doubles:
+                everything = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool)
+                return dense(q, k, v, heads, everything, torch.zeros(1, dtype=torch.float64)).to(q.dtype)
+            return listing_1(q, k, v, heads, image, positive, n, expect, block, user_mask)
+
+        return attention
+
+    return make
+
+
+@contextlib.contextmanager
+def replaced(module, make, **kw):
+    """While open, the module's own ``optimized_attention`` is what ``make`` makes."""
+    original = module.optimized_attention
+    kw["record"].blocks = 0
+    module.optimized_attention = make(original, **kw)
     try:
         yield
     finally:
-        mmdit.optimized_attention = original
+        module.optimized_attention = original
 
 
 def oracle_model(model, expects, released=False):
     """A clone of ``model`` (stock) on which every entry with an ``Expect`` runs as the oracle says; and its record."""
     record = Record()
+    is_flux = hasattr(model.model.diffusion_model, "double_blocks")
+    if is_flux:
+        module, make = flux_math, flux_attention(len(model.model.diffusion_model.double_blocks))
+    else:
+        module, make = mmdit, sd3_attention
 
     def run(apply_model, params):
         chunks = len(params["cond_or_uncond"])
@@ -103,17 +143,23 @@ def oracle_model(model, expects, released=False):
         for j in range(chunks):
             c = {k: _chunk(v, chunks, j) for k, v in params["c"].items()}
             x, t = params["input"].chunk(chunks)[j], params["timestep"].chunk(chunks)[j]
-            expect = next(
-                (e for e in expects if torch.equal(e.positive.to(c["c_crossattn"]), c["c_crossattn"][:1])), None
-            )
+            text = c["c_crossattn"]
+            expect = next((e for e in expects if torch.equal(e.positive.to(text), text[:1])), None)
             if expect is None:
                 pieces.append(apply_model(x, t, **c))
                 continue
-            n = expect.negative.expand(x.shape[0], -1, -1).to(c["c_crossattn"])
-            image = ((x.shape[-2] + 1) // 2) * ((x.shape[-1] + 1) // 2)
-            positive = c["c_crossattn"].shape[1] + (n.shape[1] if released else 0)
-            c["c_crossattn"] = torch.cat([c["c_crossattn"], *([n] if released else []), n], dim=1)
-            with sd3_attention(image, positive, n.shape[1], expect, record):
+            n = expect.negative.expand(x.shape[0], -1, -1).to(text)
+            image = sum(-(-z.shape[-2] // 2) * -(-z.shape[-1] // 2) for z in [x, *c.get("ref_latents", [])])
+            plain_copy = [n] if released and not is_flux else []
+            c["c_crossattn"] = torch.cat([text, *plain_copy, n], dim=1)
+            positive = c["c_crossattn"].shape[1] - n.shape[1]
+            if released and is_flux:
+                c["y"] = expect.pooled + 1.1 * (c["y"] - expect.pooled)
+            mask = c.pop("attention_mask", None)
+            if mask is not None:
+                mask = _insert(_insert(mask, positive, n.shape[1], 1), positive, n.shape[1], 2)
+            kw = {"image": image, "positive": positive, "n": n.shape[1], "expect": expect}
+            with replaced(module, make, record=record, released=released, user_mask=mask, **kw):
                 pieces.append(apply_model(x, t, **c))
         return torch.cat(pieces)
 
@@ -122,9 +168,19 @@ def oracle_model(model, expects, released=False):
     return clone, record
 
 
+def _insert(mask, at, n, dim):
+    """``n`` zeros put into ``mask`` at position ``at`` of ``dim``."""
+    before, after = mask.split([at, mask.shape[dim] - at], dim=dim)
+    shape = list(mask.shape)
+    shape[dim] = n
+    return torch.cat([before, mask.new_zeros(shape), after], dim=dim)
+
+
 def _chunk(value, chunks, j):
     if isinstance(value, torch.Tensor):
         return value.chunk(chunks)[j]
-    if isinstance(value, dict) and "output" in value:  # a ControlNet's residuals
+    if isinstance(value, list):  # reference latents
+        return [t.chunk(chunks)[j] for t in value]
+    if isinstance(value, dict) and ("output" in value or "input" in value):  # a ControlNet's residuals
         return {k: [None if t is None else t.chunk(chunks)[j] for t in ts] for k, ts in value.items()}
     return value

@@ -61,6 +61,34 @@ def sd3(depth: int = 3, context: int = 64, self_attn_layers: Sequence[int] = (),
     return randomize(model.state_dict(), seed)
 
 
+def flux(
+    hidden: int = 256, double: int = 2, single: int = 2, context: int = 64, guidance: bool = False, seed: int = 0
+) -> StateDict:
+    """A Flux.1-format model; ``guidance``: Dev's guidance embedding, which Schnell lacks."""
+    from comfy.ldm.flux.model import Flux
+
+    model = Flux(
+        in_channels=16,
+        out_channels=16,
+        vec_in_dim=768,
+        context_in_dim=context,
+        hidden_size=hidden,
+        mlp_ratio=4.0,
+        num_heads=hidden // 128,
+        depth=double,
+        depth_single_blocks=single,
+        axes_dim=[16, 56, 56],
+        theta=10000,
+        patch_size=2,
+        qkv_bias=True,
+        guidance_embed=guidance,
+        txt_ids_dims=[],
+        operations=torch.nn,
+        dtype=torch.float32,
+    )
+    return randomize(model.state_dict(), seed)
+
+
 def clip_l(seed: int = 0) -> StateDict:
     """A full-size CLIP-L (what the stock CLIPLoader recognises) whose layers pass their input on."""
     from comfy.clip_model import CLIPTextModel

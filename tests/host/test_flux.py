@@ -1,0 +1,281 @@
+"""Flux.1, whole models through the real sampler: double and single blocks, references, attention masks, released."""
+
+import pytest
+import torch
+from helpers import conditioning, load_flux, relative, sample, spy_override, text, with_override
+from oracle import Expect, oracle_model
+
+MODELS = {"schnell": {}, "dev": {"guidance": True}}
+BLOCKS = 4
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    return load_flux(**MODELS[request.param])
+
+
+@pytest.fixture(scope="module")
+def schnell():
+    return load_flux()
+
+
+def prompt(seed=1, length=13, **options):
+    return conditioning(length, seed, pooled_width=768, **options)
+
+
+def reference(size, seed=4):
+    return torch.randn(1, 16, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def attention_mask(text_length, size, seed=3, batch=1):
+    """What StyleModelApply's attn_bias leaves in a conditioning: additive, [B, text + image, text + image]."""
+    length = text_length + size[0] * size[1]
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.randn(batch, length, length, generator=g) * 2
+    mask[..., text_length:, text_length:] = 0
+    return {"attention_mask": mask, "attention_mask_img_shape": size}
+
+
+def both(pack, model, n=5, positive=None, alpha=3.3, beta=0.2, patch=(), node=(), expect=(), released=False, **run):
+    positive, negative = positive or prompt(), text(n, 5)
+    pooled = text(1, 77, 768)[:, 0]
+    made = [[negative, {"pooled_output": pooled}]]
+    attached = pack.negative(positive, negative=made, **dict(node))
+    patched = pack.patch(model, scale=alpha, offset=beta, layout="released" if released else "paper", **dict(patch))
+    expects = [Expect(p[0], negative, alpha, beta, pooled=pooled, **dict(expect)) for p in positive]
+    oracle, record = oracle_model(model, expects, released=released)
+    result, expected = sample(patched, attached, **run), sample(oracle, positive, **run)
+    assert record.joint > 0
+    return result, expected
+
+
+@pytest.mark.parametrize("n", [1, 5, 40])
+@pytest.mark.parametrize(("batch", "cfg"), [(1, 1.0), (4, 1.0), (2, 2.5)])
+@pytest.mark.parametrize("size", [(16, 24), (15, 21)], ids=["even", "odd"])
+def test_parity(pack, model, n, batch, cfg, size):
+    result, expected = both(pack, model, n=n, batch=batch, cfg=cfg, size=size)
+    assert relative(result, expected) <= 1e-5
+    assert relative(sample(model, prompt(), cfg=cfg, batch=batch, size=size), expected) > 1e-3
+
+
+@pytest.mark.parametrize("alpha", [-2.0, 0.0, 3.5, 6.0])
+@pytest.mark.parametrize("beta", [-0.6, 2.0])
+def test_parity_over_scale_and_offset(pack, schnell, alpha, beta):
+    result, expected = both(pack, schnell, alpha=alpha, beta=beta)
+    assert relative(result, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("sizes", [[(16, 24)], [(10, 12), (7, 9)]], ids=["one", "two odd"])
+@pytest.mark.parametrize(("batch", "cfg"), [(1, 1.0), (2, 2.5)])
+def test_reference_latents(pack, model, sizes, batch, cfg):
+    """Kontext: reference tokens count as image."""
+    positive = prompt(reference_latents=[reference(s) for s in sizes])
+    result, expected = both(pack, model, positive=positive, batch=batch, cfg=cfg)
+    assert relative(result, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("affect", [False, True])
+def test_references_may_be_left_alone(pack, schnell, affect, masked):
+    """affect_references False: reference tokens never see N. A negative's mask is about the picture only."""
+    positive = prompt(reference_latents=[reference((10, 12))])
+    inside = torch.ones(8, 12)
+    node = {}
+    if masked:
+        inside[:4] = 0
+        node["mask"] = inside.repeat_interleave(16, 0).repeat_interleave(16, 1)[None]
+    keep = torch.cat([inside.reshape(-1), torch.full((5 * 6,), float(affect))])[:, None].expand(-1, 5)
+    result, expected = both(
+        pack, schnell, positive=positive, node=node, patch={"affect_references": affect}, expect={"keep": keep}
+    )
+    assert relative(result, expected) <= 1e-5
+
+
+@pytest.mark.parametrize(("batch", "cfg"), [(1, 1.0), (2, 2.5)])
+def test_attention_mask(pack, schnell, batch, cfg):
+    """A conditioning's own attention mask (Redux with attn_bias) acts together with N."""
+    positive = prompt(**attention_mask(13, (8, 12)))
+    result, expected = both(pack, schnell, positive=positive, batch=batch, cfg=cfg)
+    assert relative(result, expected) <= 1e-5
+    without, _ = both(pack, schnell, batch=batch, cfg=cfg)
+    assert relative(result, without) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("blocks", "selected"),
+    [("double", {0, 1}), ("single:1", {3}), ("double:1,single:0-", {1, 2, 3}), ("all", {0, 1, 2, 3})],
+)
+def test_blocks(pack, schnell, blocks, selected):
+    result, expected = both(pack, schnell, patch={"blocks": blocks}, expect={"blocks": selected})
+    assert relative(result, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("blocks", ["double:2", "single:0-2", "triple", "double:0-1,single:9"])
+def test_bad_blocks(pack, schnell, blocks):
+    with pytest.raises(ValueError, match="double:0-1, single:0-1"):
+        pack.patch(schnell, blocks=blocks)
+
+
+@pytest.mark.parametrize("n", [1, 7])
+@pytest.mark.parametrize(("batch", "cfg"), [(1, 1.0), (2, 2.5)])
+def test_released_layout(pack, model, n, batch, cfg):
+    """VSF in double blocks; N0 ordinary text in single ones; pooled neg + 1.1 (pos - neg)."""
+    result, expected = both(pack, model, n=n, released=True, batch=batch, cfg=cfg)
+    assert relative(result, expected) <= 1e-5
+    paper, _ = both(pack, model, n=n, batch=batch, cfg=cfg)
+    assert relative(paper, result) > 1e-3
+
+
+def test_released_layout_needs_one_negative_with_a_pooled_output(pack, schnell):
+    bare = pack.negative(prompt(), negative=[[text(5, 5), {}]])
+    with pytest.raises(ValueError, match="pooled embedding of one negative"):
+        sample(pack.patch(schnell, layout="released"), bare)
+    made = [[text(5, 5), {"pooled_output": text(1, 77, 768)[:, 0]}]]
+    two = pack.negative(pack.negative(prompt(), negative=made), negative=made)
+    with pytest.raises(ValueError, match="pooled embedding of one negative"):
+        sample(pack.patch(schnell, layout="released"), two)
+
+
+@pytest.mark.parametrize("n", [1, 40])
+@pytest.mark.parametrize("cfg", [1.0, 2.5])
+@pytest.mark.parametrize("references", [False, True])
+def test_neutrality_at_a_large_finite_offset(pack, model, n, cfg, references):
+    positive = prompt(**({"reference_latents": [reference((10, 12))]} if references else {}))
+    stock = sample(model, positive, cfg=cfg)
+    attached = pack.negative(positive, negative=[[text(n, 5) * 3, {}]])
+    seen = []
+    patched = pack.patch(model, offset=60.0)
+    assert relative(sample(with_override(patched, spy_override(seen)), attached, cfg=cfg), stock) <= 1e-6
+    assert relative(sample(patched, attached, cfg=cfg), stock) <= 1e-6
+    total = 13 + n + 8 * 12 + (5 * 6 if references else 0)
+    assert seen.count(total) == 2 * BLOCKS * 3  # image rows and N0's rows see all keys, in each block and step
+
+
+@pytest.mark.parametrize("cfg", [1.0, 2.5])
+def test_off(pack, model, cfg):
+    stock = sample(model, prompt(), cfg=cfg, batch=2)
+    attached = pack.negative(prompt(), negative=[[text(5, 5), {}]])
+    assert torch.equal(sample(model, attached, cfg=cfg, batch=2), stock)
+    patched = pack.patch(model)
+    assert torch.equal(sample(patched, prompt(), cfg=cfg, batch=2), stock)
+    assert torch.equal(sample(patched, pack.negative(prompt(), text=" "), cfg=cfg, batch=2), stock)
+    assert torch.equal(sample(pack.patch(model, start_percent=0.99), attached, cfg=cfg, batch=2), stock)
+
+    def fail(func, q, k, v, heads, **kw):
+        raise RuntimeError("injected")
+
+    with pytest.raises(RuntimeError, match="injected"):
+        sample(with_override(patched, fail), attached, cfg=cfg, batch=2)
+    sample(patched, attached, cfg=cfg, batch=2)
+    assert torch.equal(sample(model, prompt(), cfg=cfg, batch=2), stock)
+    assert not torch.equal(sample(patched, attached, cfg=cfg, batch=2), stock)
+
+
+def test_combined_entries_of_different_lengths(pack, schnell):
+    one, two, a, b = prompt(1), prompt(2), text(3, 5), text(8, 6)
+    pooled = text(1, 77, 768)[:, 0]
+    made = [[a, {"pooled_output": pooled}]], [[b, {"pooled_output": pooled}]]
+    combined = pack.negative(one, negative=made[0]) + pack.negative(two, negative=made[1])
+    expects = [Expect(one[0][0], a, 3.3, 0.2, pooled=pooled), Expect(two[0][0], b, 3.3, 0.2, pooled=pooled)]
+    for released in (False, True):
+        oracle, record = oracle_model(schnell, expects, released=released)
+        patched = pack.patch(schnell, layout="released" if released else "paper")
+        assert relative(sample(patched, combined, cfg=2.5), sample(oracle, one + two, cfg=2.5)) <= 1e-5
+        assert max(record.forwards) == 3
+
+
+# -- neighbours: stand-ins that use the same hooks as the packs they are named after
+
+
+def test_redux_lengthens_the_positive(pack, schnell):
+    """StyleModelApply appends image tokens to the text before sampling."""
+    positive = [[torch.cat([p, text(9, 21)], 1), o] for p, o in prompt()]
+    result, expected = both(pack, schnell, positive=positive)
+    assert relative(result, expected) <= 1e-5
+
+
+def test_post_input_patch_lengthens_the_text(pack, schnell):
+    """A patch that adds text tokens behind the model's own text embedding (IP-Adapter-like)."""
+    extra = text(6, 31, 256)
+
+    def post_input(args):
+        txt = torch.cat([args["txt"], extra.expand(args["txt"].shape[0], -1, -1)], dim=1)
+        return {**args, "txt": txt, "txt_ids": torch.nn.functional.pad(args["txt_ids"], (0, 0, 0, 6))}
+
+    def apply(m):
+        m = m.clone()
+        m.set_model_patch(post_input, "post_input")
+        return m
+
+    # offset 60 must equal stock with the same patch: the added tokens stay ordinary text
+    positive = prompt()
+    attached = pack.negative(positive, negative=[[text(5, 5), {}]])
+    neutral = sample(apply(pack.patch(schnell, offset=60.0)), attached)
+    assert relative(neutral, sample(apply(schnell), positive)) <= 1e-6
+    assert relative(sample(apply(pack.patch(schnell)), attached), neutral) > 1e-3
+
+
+@pytest.mark.parametrize("order", ["theirs first", "vsf first"])
+def test_teacache_like_block_patches(pack, schnell, order):
+    """A block patch that caches a block's residual and skips it on every other step."""
+
+    def apply(m):
+        m, cache = m.clone(), {}
+
+        def cached(args, extra):
+            cache["calls"] = cache.get("calls", 0) + 1
+            if cache["calls"] % 2 == 0:
+                return {**args, "img": args["img"] + cache["residual"]}
+            out = extra["original_block"](args)
+            cache["residual"] = out["img"] - args["img"]
+            return out
+
+        m.set_model_patch_replace(cached, "dit", "double_block", 1)
+        return m
+
+    patched = pack.patch(apply(schnell)) if order == "theirs first" else apply(pack.patch(schnell))
+    positive, negative = prompt(), text(5, 5)
+    oracle, record = oracle_model(apply(schnell), [Expect(positive[0][0], negative, 3.3, 0.2)])
+    attached = pack.negative(positive, negative=[[negative, {}]])
+    result, expected = sample(patched, attached, steps=4), sample(oracle, positive, steps=4)
+    assert relative(result, expected) <= 1e-5
+    assert record.joint == 4 * BLOCKS - 2
+
+
+def test_sage_like_override(pack, schnell):
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    seen = []
+    override = spy_override(seen, lambda q, k, v, heads, **kw: attention_pytorch(q, k, v, heads, **kw))
+    positive, negative = prompt(), text(5, 5)
+    oracle, _ = oracle_model(schnell, [Expect(positive[0][0], negative, 3.3, 0.2)])
+    attached = pack.negative(positive, negative=[[negative, {}]])
+    result = sample(with_override(pack.patch(schnell), override), attached)
+    assert relative(result, sample(oracle, positive)) <= 1e-5 and seen
+
+
+def test_controlnet(pack, schnell):
+    """A ControlNet's residuals land on the image tokens, in double and single blocks."""
+    import comfy.controlnet
+
+    class Residuals(comfy.controlnet.ControlBase):
+        def get_control(self, x, t, cond, batched_number, transformer_options):
+            assert cond["c_crossattn"].shape[1] == 13
+            g = torch.Generator().manual_seed(8)
+            made = [torch.randn(1, 8 * 12, 256, generator=g).expand(x.shape[0], -1, -1) for _ in range(4)]
+            return {"input": made[:2], "output": made[2:]}
+
+        def get_models(self):
+            return []
+
+        def pre_run(self, model, percent_to_timestep_function):
+            pass
+
+        def inference_memory_requirements(self, dtype):
+            return 0
+
+    positive = prompt(control=Residuals(), control_apply_to_uncond=True)
+    result, expected = both(pack, schnell, positive=positive, cfg=2.5)
+    assert relative(result, expected) <= 1e-5
+    plain, _ = both(pack, schnell, cfg=2.5)
+    assert relative(result, plain) > 1e-3

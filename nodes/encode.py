@@ -54,6 +54,9 @@ ENCODERS = (
             _T5,
         ),
     ),
+    Encoder(
+        "wan", "Wan (CLIPLoader of type wan)", "WanT5Model", (Segment("umT5", {"umt5xxl": "umt5xxl"}, causal=False),)
+    ),
     Encoder("flux", "Flux.1 (DualCLIPLoader of type flux)", "FluxClipModel", (_T5,)),
 )
 

@@ -23,13 +23,15 @@ class Negative:
     """One negative prompt: what ``VSFNegativeConditioning`` puts into every entry of the positive.
 
     tokens: [b, n, C] embeddings without padding; strength: multiplies alpha for these tokens; mask: [b, H, W] in 0..1,
-    where in the picture it acts, None = everywhere; encoder: name of the text encoder that made it, None = unknown;
+    where in the picture it acts, None = everywhere (in a video, b are frames); frames: from and to which part of a
+    video (0..1) it acts; encoder: name of the text encoder that made it, None = unknown;
     pooled: [b, C'], the pooled embedding, which only the released pipeline of some families uses.
     """
 
     tokens: Tensor
     strength: float = 1.0
     mask: Tensor | None = None
+    frames: tuple[float, float] = (0.0, 1.0)
     encoder: str | None = None
     pooled: Tensor | None = None
 
@@ -44,17 +46,24 @@ def count_tokens(negatives: Sequence[Negative]) -> int:
 
 
 def step_conds(
-    groups: Sequence[Sequence[Negative]], scale: float, offset: float, latent: Tensor, pooled: bool = False
+    groups: Sequence[Sequence[Negative]],
+    scale: float,
+    offset: float,
+    latent: Tensor,
+    pooled: bool = False,
+    window: tuple[int, Sequence[int]] | None = None,
 ) -> list[dict[str, Any]]:
     """What each of a step's entries (given by its negatives) adds to its ``model_conds``, so that all share one batch.
 
     Every entry gets the same keys and shapes: negatives shorter than the longest are padded with tokens of bias +inf,
-    and an entry without any is all padding. Keys and shapes (b: 1 or more, n: tokens, m: masks, 1 or n):
+    and an entry without any is all padding. ``window``: see ``_video_mask``.
+
+    Keys and shapes (b: 1 or more, n: tokens, m: masks, 1 or n):
 
     - ``vsf_tokens`` [b, n, C]
     - ``vsf_alpha``  [1, n, 1]: scale times each negative's strength
     - ``vsf_bias``   [1, 1, n or 1]: beta per token; one column where an entry's tokens all share it
-    - ``vsf_mask``   [b, m, h, w], where a negative has a mask: in latent resolution, cut by ComfyUI as areas are
+    - ``vsf_mask``   [b, m, (frames,) h, w], where a negative has a mask: in latent size, cut by ComfyUI as areas are
     - ``vsf_mixed``  constant: some entry has padding
     - ``vsf_pooled`` [b, 1, C'], with ``pooled``: the negative's pooled embedding, NaN where an entry has none
     """
@@ -62,8 +71,10 @@ def step_conds(
     width = next(n.tokens.shape[-1] for group in groups for n in group)
     mixed = any(count_tokens(group) != length for group in groups)
     shared_bias = all(count_tokens(group) in (0, length) for group in groups)
-    masked = any(n.mask is not None for group in groups for n in group)
-    shared_mask = shared_bias and all(len({id(n.mask) for n in group}) <= 1 for group in groups)
+    is_video = latent.ndim == 5
+    places = [[(id(n.mask), n.frames if is_video else None) for n in group] for group in groups]
+    masked = any(n.mask is not None or (is_video and n.frames != (0.0, 1.0)) for group in groups for n in group)
+    shared_mask = shared_bias and all(len(set(group)) <= 1 for group in places)
 
     out = []
     for group in groups:
@@ -83,7 +94,7 @@ def step_conds(
             "mixed": comfy.conds.CONDConstant(mixed),
         }
         if masked:
-            mask = _latent_mask(group, length, latent)
+            mask = (_video_mask if is_video else _latent_mask)(group, length, latent, window)
             conds["mask"] = comfy.conds.CONDNoiseShape(mask[:, :1] if shared_mask else mask)
         if pooled:
             conds["pooled"] = comfy.conds.CONDRegular(_pooled(group, groups).to(latent)[:, None])
@@ -105,7 +116,7 @@ def _padded(tokens: Sequence[Tensor], length: int, width: int) -> Tensor:
     return torch.cat([*parts, torch.zeros(batch, rest, width)], dim=1)
 
 
-def _latent_mask(group: Sequence[Negative], length: int, latent: Tensor) -> Tensor:
+def _latent_mask(group: Sequence[Negative], length: int, latent: Tensor, _window: object = None) -> Tensor:
     """[b, length, h, w]: each token's mask in the latent's resolution; 1 where there is none."""
     size = latent.shape[-2:]
     batch = max((n.mask.shape[0] for n in group if n.mask is not None), default=1)
@@ -118,3 +129,26 @@ def _latent_mask(group: Sequence[Negative], length: int, latent: Tensor) -> Tens
             mask[:, start:end] = comfy.utils.repeat_to_batch_size(small, batch)
         start = end
     return mask.to(latent.device)
+
+
+def _video_mask(
+    group: Sequence[Negative], length: int, latent: Tensor, window: tuple[int, Sequence[int]] | None
+) -> Tensor:
+    """[1, length, frames, h, w]: each token's mask and frame window, over the whole video's latent frames.
+
+    ``window``: how many frames the whole latent has and which of them ``latent`` shows (a context window).
+    """
+    size = latent.shape[-2:]
+    frames, shown = window or (latent.shape[2], range(latent.shape[2]))
+    mask = torch.ones(1, length, frames, *size)
+    start = 0
+    for n in group:
+        end = start + n.tokens.shape[1]
+        if n.mask is not None:
+            small = torch.nn.functional.interpolate(n.mask[None, None].float(), size=(frames, *size), mode="area")
+            mask[:, start:end] = small
+        for frame in range(frames):
+            if not n.frames[0] <= (frame + 0.5) / frames < n.frames[1]:  # by the frame's middle
+                mask[:, start:end, frame] = 0.0
+        start = end
+    return mask[:, :, list(shown)].to(latent.device)

@@ -66,6 +66,24 @@ class VSFNegativeConditioning(io.ComfyNode):
                     optional=True,
                     tooltip="Where in the picture this negative acts: white is everywhere it does, black is nowhere.",
                 ),
+                io.Float.Input(
+                    "from_frame",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="Video models: from which part of the video on this negative acts; 0 is the first frame.",
+                ),
+                io.Float.Input(
+                    "to_frame",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="Video models: until which part of the video this negative acts; 1 is the last frame.",
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(tooltip="The positive with the negative attached: connect it to the sampler.")
@@ -82,10 +100,18 @@ class VSFNegativeConditioning(io.ComfyNode):
         strength: float = 1.0,
         extrapolation: float = 0.0,
         mask: torch.Tensor | None = None,
+        from_frame: float = 0.0,
+        to_frame: float = 1.0,
     ) -> io.NodeOutput:
         for name, value in (("strength", strength), ("extrapolation", extrapolation)):
             if not math.isfinite(value):
                 raise ValueError(f"VSF: {name} must be a finite number, got {value}.")
+        if not 0.0 <= from_frame < to_frame <= 1.0:
+            raise ValueError(
+                f"VSF: from_frame ({from_frame:g}) must lie before to_frame ({to_frame:g}), both in 0..1; otherwise "
+                "the negative would never act."
+            )
+        where = {"strength": strength, "mask": _checked_mask(mask), "frames": (from_frame, to_frame)}
         has_text = bool(text.strip())
         if has_text and negative is not None:
             raise ValueError("VSF: both text and negative are given. Clear the text, or disconnect negative.")
@@ -93,7 +119,7 @@ class VSFNegativeConditioning(io.ComfyNode):
             if clip is None:
                 raise ValueError("VSF: text needs clip: connect the text encoder that encodes the positive prompt.")
             encoded = encode_negative(clip, text, extrapolation)
-            made = Negative(encoded.tokens, strength, _checked_mask(mask), encoded.encoder, encoded.pooled)
+            made = Negative(encoded.tokens, **where, encoder=encoded.encoder, pooled=encoded.pooled)
             return io.NodeOutput(_attach(positive, made), ui=ui.PreviewText(_describe(encoded)))
         if negative is not None:
             if extrapolation:
@@ -102,7 +128,7 @@ class VSFNegativeConditioning(io.ComfyNode):
                     "of negative, or set extrapolation to 0."
                 )
             tokens = _taken_as_it_is(negative)
-            made = Negative(tokens, strength, _checked_mask(mask), pooled=negative[0][1].get("pooled_output"))
+            made = Negative(tokens, **where, pooled=negative[0][1].get("pooled_output"))
             return io.NodeOutput(_attach(positive, made), ui=ui.PreviewText(f"{tokens.shape[1]} tokens, as given"))
         return io.NodeOutput(positive, ui=ui.PreviewText("off: no negative"))
 

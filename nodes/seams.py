@@ -8,6 +8,7 @@
 ``OUTER_SAMPLE`` around it all refuses what cannot work before the first step, and reports.
 """
 
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..vsf_core import LSEAttention, TokenLayout, joint_attention, joint_attention_masked, lse_attention
+from ..vsf_core import (
+    LSEAttention,
+    TokenLayout,
+    cross_attention,
+    cross_attention_masked,
+    joint_attention,
+    joint_attention_masked,
+    lse_attention,
+)
 from .blocks import Block, all_blocks, parse_blocks
 from .families import Family, Released
 from .negative import KEY, PREFIX, Negative, count_tokens, negatives_of, step_conds
@@ -29,6 +38,7 @@ log = logging.getLogger(__name__)
 WRAPPER_KEY = "vsf"
 RUN_KEY = "vsf_run"
 FORWARD_KEY = "vsf_forward"
+PLACE_KEY = "vsf_place"
 OVERRIDE = "optimized_attention_override"
 LAYOUTS = ("paper", "released")
 
@@ -53,6 +63,7 @@ class Run:
     blocks: tuple[Block, ...]
     selected: frozenset[Block]
     tokens: int
+    latent_frames: int | None
     paths: set[str] = field(default_factory=set)
     cache: dict = field(default_factory=dict)
     reported: bool = False
@@ -77,6 +88,8 @@ class Forward:
     hidden: Tensor | None
     """bool [B, N]: which tokens of N, where the released layout shows it as ordinary text, are padding."""
     attend: LSEAttention | None
+    text: int
+    """Length of the whole text stream, N included."""
     reached: Tensor
     """int [blocks]: how often each block's joint attention saw N. On the CPU: read without waiting for a device."""
 
@@ -120,7 +133,13 @@ class VSFPatch:
         diffusion_model = _unwrapped(guider.model_patcher.model.diffusion_model)
         self._check_negatives([entry for _, entry in entries], diffusion_model)
         counts = self.family.block_counts(diffusion_model)
-        run = Run(tuple(sorted(all_blocks(counts))), parse_blocks(self.settings.blocks, counts), longest)
+        noise = kwargs["noise"] if "noise" in kwargs else args[0]
+        run = Run(
+            blocks=tuple(sorted(all_blocks(counts))),
+            selected=parse_blocks(self.settings.blocks, counts),
+            tokens=longest,
+            latent_frames=noise.shape[2] if noise.ndim == 5 else None,
+        )
         for _, entry in entries:
             entry["model_conds"] = {**entry["model_conds"], KEY: negatives_of(entry)}
         options = guider.model_options["transformer_options"]  # this run's own copy
@@ -169,7 +188,8 @@ class VSFPatch:
     ) -> Any:
         run: Run | None = model_options.get("transformer_options", {}).get(RUN_KEY)
         if run is not None:
-            added = self._additions(run, conds, x_in, timestep) if self._in_window(model, timestep) else {}
+            window = _context_window(run, x_in, model_options)
+            added = self._additions(run, conds, x_in, timestep, window) if self._in_window(model, timestep) else {}
             conds = [branch and [_with_model_conds(entry, added) for entry in branch] for branch in conds]
         return executor(model, conds, x_in, timestep, model_options)
 
@@ -182,16 +202,18 @@ class VSFPatch:
             or (end < 1 and sigma < sampling.percent_to_sigma(end))
         )
 
-    def _additions(self, run: Run, conds: list, x_in: Tensor, timestep: Tensor) -> dict[int, dict]:
+    def _additions(
+        self, run: Run, conds: list, x_in: Tensor, timestep: Tensor, window: tuple[int, tuple[int, ...]] | None
+    ) -> dict[int, dict]:
         """What each entry (by id) that runs in this step gains in ``model_conds``; nothing if none has a negative."""
         entries = [entry for branch in conds if branch for entry in branch if _is_active(entry, timestep)]
         groups: list[tuple[Negative, ...]] = [entry["model_conds"].get(KEY, ()) for entry in entries]
         if not any(groups):
             return {}
-        key = (tuple(map(id, groups)), x_in.shape, x_in.device)
+        key = (tuple(map(id, groups)), x_in.shape, x_in.device, window)
         if key not in run.cache:  # groups are kept with the result, so that their ids stay theirs
             s, pooled = self.settings, self._mixes_pooled()
-            run.cache[key] = groups, step_conds(groups, s.scale, s.offset, x_in, pooled)
+            run.cache[key] = groups, step_conds(groups, s.scale, s.offset, x_in, pooled, window)
         return dict(zip(map(id, entries), run.cache[key][1], strict=True))
 
     # -- one forward pass ---------------------------------------------------------------------------------------------
@@ -213,6 +235,8 @@ class VSFPatch:
         assert c_crossattn is not None
         diffusion_model = _unwrapped(executor.class_obj.diffusion_model)
         run: Run = transformer_options[RUN_KEY]
+        if self.family.cross:
+            ours = self._unmistakable(ours, x, c_crossattn.shape[1], kwargs)
         tokens = ours["tokens"].to(c_crossattn)
         dtype = executor.class_obj.get_dtype_inference()
         forward = self._forward(run, ours, x, kwargs, dtype, diffusion_model)
@@ -223,6 +247,7 @@ class VSFPatch:
             kwargs["attention_mask"] = _grown_mask(kwargs["attention_mask"], tokens.shape[1])
         if "pooled" in ours:
             kwargs["y"] = _mixed_pooled(kwargs["y"], ours["pooled"][:, 0], self.family.released.pooled)
+        forward.text = context.shape[1]
         options = self._patched_options(transformer_options, forward)
         result = executor(x, t, c_concat, context, control, options, **kwargs)
         self._check_reached(run, forward, compiled=diffusion_model is not executor.class_obj.diffusion_model)
@@ -244,23 +269,52 @@ class VSFPatch:
             released=released,
             hidden=is_padding.expand(-1, length) if released is not None and ours["mixed"] else None,
             attend=lse_attention(latent.device, dtype, self.family.head_dim(diffusion_model)),
+            text=0,
             reached=torch.zeros(len(run.blocks), dtype=torch.int32),
         )
 
-    def _image_bias(self, bias: Tensor, mask: Tensor | None, latent: Tensor, references: int) -> Tensor:
+    def _image_bias(self, bias: Tensor, mask: Tensor | None, latent: Tensor, references: tuple[int, int]) -> Tensor:
         """Beta per token [B, 1, n or 1], plus masks and what reference images may see: [B, I or 1, n or 1]."""
-        excluded = references if not self.settings.affect_references else 0
-        if mask is None and not excluded:
+        affected = self.settings.affect_references
+        if mask is None and (affected or not any(references)):
             return bias
         if mask is None:
-            mask = torch.ones(1, 1, *latent.shape[-2:], device=latent.device)
+            mask = torch.ones(1, 1, *latent.shape[2:], device=latent.device)
         inside = self.family.image_tokens(mask.float())
-        beside = inside.new_full((inside.shape[0], references, inside.shape[2]), 0.0 if excluded else 1.0)
+        before, after = (inside.new_full((inside.shape[0], n, inside.shape[2]), float(affected)) for n in references)
         # -log m: a soft mask scales the negative's attention weight by m; outside (m = 0) it is +inf, exactly
-        return bias - torch.log(torch.cat([inside, beside], dim=1))
+        return bias - torch.log(torch.cat([before, inside, after], dim=1))
+
+    def _unmistakable(self, ours: dict, latent: Tensor, positive: int, conds: dict) -> dict:
+        """``ours`` with N padded until no other attention of the model has as many keys as the text stream.
+
+        In cross-attention models a call is known by its number of keys alone: the video's own tokens (self-attention)
+        and CLIP-vision tokens must not count the same.
+        """
+        before, after = self.family.reference_tokens(conds)
+        video = self.family.grid(latent)
+        taken = {video, video + before, video + after, video + before + after}
+        if conds.get("clip_fea") is not None:
+            taken.add(conds["clip_fea"].shape[-2])
+        extra = next(e for e in itertools.count() if positive + ours["tokens"].shape[1] + e not in taken)
+        if extra == 0:
+            return ours
+        length = ours["tokens"].shape[1]
+        bias = ours["bias"].expand(-1, -1, length)
+        ours = {
+            **ours,
+            "tokens": F.pad(ours["tokens"], (0, 0, 0, extra)),
+            "alpha": F.pad(ours["alpha"], (0, 0, 0, extra)),
+        }
+        if "mask" in ours:
+            mask = ours["mask"].expand(-1, length, *(-1,) * (ours["mask"].ndim - 2))
+            ours["mask"] = torch.cat([mask, mask[:, -1:].expand(-1, extra, *(-1,) * (mask.ndim - 2))], dim=1)
+        return {**ours, "bias": F.pad(bias, (0, extra), value=torch.inf)}
 
     def _patched_options(self, options: dict, forward: Forward) -> dict:
         """A copy of ``transformer_options`` in which each block's patch is wrapped, so that we know where we are."""
+        if self.family.cross:  # for the whole forward: VACE's blocks run outside the block patches
+            options = {**options, OVERRIDE: partial(_cross_override, options.get(OVERRIDE))}
         replace = options.get("patches_replace", {})
         dit = dict(replace.get("dit", {}))
         for position, block in enumerate(forward.run.blocks):
@@ -302,6 +356,19 @@ def _with_model_conds(entry: dict, added: Mapping[int, dict]) -> dict:
     return {**entry, "model_conds": {**model_conds, **added.get(id(entry), {})}}
 
 
+def _context_window(run: Run, x_in: Tensor, model_options: dict) -> tuple[int, tuple[int, ...]] | None:
+    """(frames of the whole latent, the frames that ``x_in`` shows) where ComfyUI samples in context windows."""
+    if run.latent_frames is None or x_in.shape[2] == run.latent_frames:
+        return None
+    window = model_options["transformer_options"].get("context_window")
+    if window is None:
+        raise RuntimeError(
+            f"VSF: this run shows {x_in.shape[2]} of {run.latent_frames} latent frames at a time without saying which. "
+            "VSF works with ComfyUI's own context windows; please report which node made these."
+        )
+    return run.latent_frames, tuple(window.index_list)
+
+
 def _is_active(entry: dict, timestep: Tensor) -> bool:
     """Whether ComfyUI will use this entry at this timestep (ConditioningSetTimestepRange)."""
     sigma = timestep[0]
@@ -317,6 +384,8 @@ def _run_block(block: Block, position: int, previous: Callable | None, args: dic
     def original(inner: dict) -> dict:
         options = inner["transformer_options"]
         forward: Forward = options[FORWARD_KEY]
+        if forward.family.cross:
+            return _run_cross_block(block, position, forward, inner, extra)
         layout = forward.family.layout(block[0], inner, forward.tokens)
         calls: list[str] = []
         override = partial(_attention_override, block, layout, calls, options.get(OVERRIDE))
@@ -334,6 +403,72 @@ def _run_block(block: Block, position: int, previous: Callable | None, args: dic
     if previous is None:
         return original(args)
     return previous(args, {**extra, "original_block": original})
+
+
+def _run_cross_block(block: Block, position: int, forward: Forward, args: dict, extra: Mapping) -> dict:
+    """The block of a cross-attention model, told its place; the override is in force already."""
+    calls: list[str] = []
+    options = {**args["transformer_options"], PLACE_KEY: (block, calls)}
+    out = extra["original_block"]({**args, "transformer_options": options})
+    if not calls:
+        raise RuntimeError(
+            f"VSF: {block[0]} block {block[1]} ran without the cross-attention call that VSF expects there "
+            f"({forward.text} keys), so the negative had no effect. This ComfyUI, or another node, computes this "
+            "block's attention in a way that this version of ComfyUI-VSF does not know. Please report it."
+        )
+    forward.reached[position].add_(1)
+    forward.run.paths.add(calls[0])
+    return out
+
+
+def _cross_override(
+    previous: Callable | None,
+    func: Callable,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    mask: Tensor | None = None,
+    attn_precision: torch.dtype | None = None,
+    skip_reshape: bool = False,
+    skip_output_reshape: bool = False,
+    **kwargs: Any,
+) -> Tensor:
+    """ComfyUI's attention call in a cross-attention model: VSF where its keys are the text stream [N, P]."""
+    options = kwargs["transformer_options"]
+    forward: Forward = options[FORWARD_KEY]
+    host = func if previous is None else partial(previous, func)
+    kwargs["attn_precision"] = attn_precision
+    kwargs["transformer_options"] = _with_override(options, previous)
+    if skip_reshape or k.shape[1] != forward.text:
+        return host(
+            q, k, v, heads, mask=mask, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape, **kwargs
+        )
+    if q.shape[1] == k.shape[1]:
+        raise RuntimeError(
+            f"VSF: self-attention and text cannot be told apart here, both have {k.shape[1]} tokens. Change the "
+            "negative by a word, and please report which model this was."
+        )
+
+    def black_box(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return host(q, k, v, heads, mask=mask, skip_reshape=True, skip_output_reshape=True, **kwargs)
+
+    q, k, v = (t.reshape(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k, v))
+    n = forward.tokens
+    positive, negative = (k[:, :, n:], v[:, :, n:]), (k[:, :, :n], v[:, :, :n])
+    # outside a block patch (VACE) the block before it is the host
+    block, calls = options.get(PLACE_KEY) or (("double", options["block_index"]), [])
+    if block not in forward.run.selected:
+        calls.append("not selected")
+        out = black_box(q, *positive, mask)
+    elif previous is None and func.__name__ == "attention_pytorch" and forward.attend is not None and mask is None:
+        calls.append(f"log-sum-exp merge ({forward.attend.__name__})")
+        scale = kwargs.get("scale")
+        out = cross_attention(q, *positive, *negative, forward.alpha, forward.bias, forward.attend, scale)
+    else:
+        calls.append(f"row mask ({getattr(func if previous is None else previous, '__name__', 'override')})")
+        out = cross_attention_masked(q, *positive, *negative, forward.alpha, forward.bias, black_box)
+    return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
 
 def _attention_override(

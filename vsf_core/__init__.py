@@ -9,7 +9,7 @@ where ``Z+``/``lse+`` are the ordinary attention and its log-sum-exp over the po
 the negative ones. This package is torch only: it knows nothing of ComfyUI and is usable from a plain script.
 """
 
-from .attention import cross_attention, joint_attention, joint_attention_masked, merge_negative_
+from .attention import cross_attention, cross_attention_masked, joint_attention, joint_attention_masked, merge_negative_
 from .backends import LSEAttention, lse_attention
 from .embeddings import content_length, extrapolate, null_embedding, whole_embedding_flip
 from .layout import TokenLayout
@@ -20,6 +20,7 @@ __all__ = [
     "TokenLayout",
     "content_length",
     "cross_attention",
+    "cross_attention_masked",
     "cross_attention_reference",
     "extrapolate",
     "joint_attention",

@@ -183,3 +183,26 @@ def cross_attention(
     """VSF for cross-attention (Eq. 9): equals ``cross_attention_reference`` without its mask."""
     z, lse = attend(q, k, v, scale)
     return merge_negative_(z, lse, q, k_neg, v_neg, alpha, bias, attend, scale)
+
+
+def cross_attention_masked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_neg: Tensor,
+    v_neg: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    attend: Attention,
+) -> Tensor:
+    """``cross_attention`` through a black box, with a mask of one row, or of a chunk of rows where beta varies."""
+    keys = torch.cat((k_neg, k), dim=2)
+    values = torch.cat((-alpha[:, None].to(v.dtype) * v_neg, v), dim=2)
+    negative, rows = slice(0, k_neg.shape[2]), q.new_zeros(1, 1, 1, keys.shape[2])
+    if bias.shape[1] == 1:
+        return attend(q, keys, values, _add_columns(rows, negative, -bias[:, None].to(q.dtype)))
+    out = torch.empty_like(q)
+    for chunk in _row_chunks(q, keys.shape[2]):
+        mask = _add_columns(rows, negative, -bias[:, None, chunk].to(q.dtype))
+        out[:, :, chunk] = attend(q[:, :, chunk], keys, values, mask)
+    return out

@@ -5,8 +5,9 @@ from typing import Any
 from .base import Family, Released
 from .flux import Flux
 from .sd3 import SD3
+from .wan import Wan
 
-FAMILIES: tuple[Family, ...] = (SD3(), Flux())
+FAMILIES: tuple[Family, ...] = (SD3(), Flux(), Wan())
 
 
 def family_of(model: Any) -> Family:

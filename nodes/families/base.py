@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -37,6 +36,8 @@ class Family(ABC):
     patch_size: int = 2
     """Latent pixels per image token, along each side."""
     released: Released
+    cross: bool = False
+    """Text is seen in cross-attention alone (Eq. 9): no duplication and no isolation are needed."""
 
     def check(self, model: Any) -> None:  # noqa: B027 (most families have nothing to refuse)
         """Raise ``ValueError`` for a variant of the family that VSF cannot serve."""
@@ -57,17 +58,18 @@ class Family(ABC):
     def layout(self, kind: str, args: Mapping[str, Any], negative: int) -> TokenLayout:
         """The joint sequence inside a block of type ``kind``, from the arguments ComfyUI hands to a block patch."""
 
-    def reference_tokens(self, conds: Mapping[str, Any]) -> int:
-        """How many tokens of reference images the model appends to the image's, from its conds."""
-        return 0
+    def reference_tokens(self, conds: Mapping[str, Any]) -> tuple[int, int]:
+        """How many tokens of reference images the model puts before and after the image's, from its conds."""
+        return 0, 0
 
     def grid(self, latent: Tensor) -> int:
-        """Image tokens of a latent [B, C, ..., h, w]."""
-        return math.prod(-(-size // self.patch_size) for size in latent.shape[-2:])
+        """Image tokens of a latent [B, C, (frames,) h, w]."""
+        frames = latent.shape[2] if latent.ndim == 5 else 1
+        return frames * math.prod(-(-size // self.patch_size) for size in latent.shape[-2:])
 
     def image_tokens(self, mask: Tensor) -> Tensor:
-        """A latent-sized mask [B, m, h, w] as [B, I, m], one row an image token: the share of it that is inside."""
-        p = self.patch_size
+        """A latent-sized mask [B, m, (frames,) h, w] as [B, I, m], a row an image token: the share of it inside."""
+        p, flat = self.patch_size, mask.flatten(0, -3)[:, None]
         pad = (0, -mask.shape[-1] % p, 0, -mask.shape[-2] % p)
-        tokens = F.avg_pool2d(F.pad(mask, pad, mode="replicate"), p)
-        return torch.flatten(tokens, 2).transpose(1, 2)
+        pooled = F.avg_pool2d(F.pad(flat, pad, mode="replicate"), p)
+        return pooled.reshape(*mask.shape[:2], -1).transpose(1, 2)

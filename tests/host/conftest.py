@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +29,9 @@ import nodes  # noqa: E402
 def pack() -> SimpleNamespace:
     """The pack's two nodes, as ComfyUI registered them."""
     logging.getLogger().setLevel(logging.INFO)
-    assert asyncio.run(nodes.load_custom_node(str(ROOT)))
+    # in a thread of its own: the browser tests' driver may keep an event loop running in this one
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(asyncio.run, nodes.load_custom_node(str(ROOT))).result()
     mapping = nodes.NODE_CLASS_MAPPINGS
     return SimpleNamespace(
         module=sys.modules[mapping["VSFModelPatch"].__module__.rsplit(".nodes", 1)[0]],
@@ -36,4 +39,3 @@ def pack() -> SimpleNamespace:
         negative=lambda positive, **kw: mapping["VSFNegativeConditioning"].execute(positive=positive, **kw).result[0],
         mapping=mapping,
     )
-

@@ -89,6 +89,38 @@ def flux(
     return randomize(model.state_dict(), seed)
 
 
+def wan(
+    kind: str = "t2v",
+    dim: int = 256,
+    layers: int = 3,
+    context: int = 64,
+    frames_tokens: int | None = None,
+    seed: int = 0,
+) -> StateDict:
+    """A Wan-format model: t2v, i2v (CLIP-vision tokens; ``frames_tokens`` 514: first and last frame), vace, 5b."""
+    from comfy.ldm.wan.model import VaceWanModel, WanModel
+
+    channels = {"t2v": (16, 16), "i2v": (36, 16), "vace": (16, 16), "5b": (48, 48)}[kind]
+    config = {
+        "in_dim": channels[0],
+        "out_dim": channels[1],
+        "dim": dim,
+        "ffn_dim": 2 * dim,
+        "text_dim": context,
+        "num_heads": dim // 128,
+        "num_layers": layers,
+        "operations": torch.nn,
+        "dtype": torch.float32,
+    }
+    if kind == "vace":
+        model = VaceWanModel(vace_layers=layers, vace_in_dim=96, **config)
+    else:
+        model = WanModel(
+            model_type="i2v" if kind == "i2v" else "t2v", flf_pos_embed_token_number=frames_tokens, **config
+        )
+    return randomize(model.state_dict(), seed)
+
+
 def clip_l(seed: int = 0) -> StateDict:
     """A full-size CLIP-L (what the stock CLIPLoader recognises) whose layers pass their input on."""
     from comfy.clip_model import CLIPTextModel

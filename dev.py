@@ -1,0 +1,221 @@
+#!/usr/bin/env python3
+"""Commands for working on this pack: set up a real ComfyUI, run the demo, the tests and the benchmarks, open the UI.
+
+This file and what it imports need the standard library alone; ComfyUI and the test tools live in a cache outside the
+repository (VSF_HOST_DIR, default ~/.cache/comfyui-vsf). COMFYUI_PATH and COMFYUI_PYTHON use an install of your own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "tests"))
+
+from hosting import process
+from hosting.errors import HostError
+from hosting.host import (
+    CARRIER_VERSIONS,
+    DEFAULT_VERSION,
+    ROOT,
+    Host,
+    HostCache,
+    ensure_browser,
+    own_install,
+    print_progress,
+    require_test_tools,
+)
+from hosting.server import ComfyServer, check_port
+
+PYTEST = ("-m", "pytest", "-p", "hosting.pytest_root")
+
+
+def cache_folder() -> Path:
+    """Where the host lives."""
+    return Path(os.environ.get("VSF_HOST_DIR") or Path.home() / ".cache" / "comfyui-vsf").expanduser().resolve()
+
+
+def pack_version() -> str | None:
+    """The pack's version, as pyproject.toml states it."""
+    project = ROOT / "pyproject.toml"
+    text = project.read_text(encoding="utf-8") if project.exists() else ""
+    found = re.search(r'^version\s*=\s*"([^"]+)"', text, re.MULTILINE)
+    return found[1] if found else None
+
+
+def get_host(version: str | None = None) -> Host:
+    """The user's own install if the environment names one, else the cached host, set up where it has to be."""
+    cache = HostCache(cache_folder())
+    own = own_install(os.environ, cache.root / "models")
+    if own is None:
+        return cache.host(version or DEFAULT_VERSION)
+    if version:
+        raise HostError("--comfyui picks one of the downloaded versions: unset COMFYUI_PATH to use it")
+    with cache.lock():
+        cache.models(own.python, own.tree)
+    return own
+
+
+def test_env(host: Host) -> dict[str, str]:
+    """What tests and benchmarks read: where ComfyUI, the tiny models and the browser are."""
+    browser = ensure_browser(os.environ, print_progress)
+    env = {**module_env(), "VSF_COMFYUI": str(host.tree), "VSF_MODELS": str(host.models)}
+    return {**env, "VSF_CHROMIUM": browser} if browser else env
+
+
+def module_env() -> dict[str, str]:
+    """The environment in which `hosting` can be imported."""
+    return {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+
+
+def setup(options: argparse.Namespace) -> int:
+    """Makes the host and says where everything is."""
+    host = get_host(options.comfyui)
+    ensure_browser(os.environ, print_progress)
+    report = {
+        "python": str(host.python),
+        "comfyui": {"version": host.version, "path": str(host.tree)},
+        "models": str(host.models),
+        "version": pack_version(),
+    }
+    if os.environ.get("COMFYUI_PATH"):
+        try:
+            require_test_tools(host.python)
+        except HostError as note:
+            print(f"dev.py: for `dev.py test`, {note}", file=sys.stderr)
+    if options.json:
+        print(json.dumps(report))
+    else:
+        print(f"ComfyUI {host.version}: {host.tree}\nPython: {host.python}\nmodels: {host.models}")
+    return 0
+
+
+def start_server(host: Host, port: int | None = None) -> ComfyServer:
+    """The real ComfyUI server with this pack in its custom_nodes; a context manager."""
+    return ComfyServer(host.tree, host.python, ROOT, host.models, port)
+
+
+def demo(options: argparse.Namespace) -> int:
+    """Runs the shipped tiny workflow with and without VSF on a real server and writes the pictures."""
+    workflow = ROOT / "workflows" / "vsf_tiny_demo.json"
+    if not workflow.exists():
+        raise HostError(f"{workflow} is missing")
+    host, out = get_host(), Path(options.out).resolve()
+    print("starting ComfyUI ...", flush=True)
+    with start_server(host) as server:
+        return run_host_module(host, "hosting.demo", [server.address, str(workflow), str(out)])
+
+
+def run_host_module(host: Host, module: str, arguments: list[str]) -> int:
+    """Runs one of this repository's modules in the host's Python, which has the packages that it needs."""
+    return process.run([str(host.python), "-m", module, *arguments], env=module_env())
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Opens ComfyUI with this pack until Ctrl-C."""
+    if options.port:
+        check_port(options.port)
+    with start_server(get_host(), options.port) as server:
+        print(f"ComfyUI with this pack: {server.address}  (Ctrl-C stops it)", flush=True)
+        server.wait()
+    return 0
+
+
+def test(options: argparse.Namespace, arguments: list[str]) -> int:
+    """Lint, types and tests; the tests on one ComfyUI version or on all of them in turn."""
+    versions = list(CARRIER_VERSIONS) if options.comfyui == "all" else [options.comfyui]
+    hosts = [get_host(version) for version in versions]
+    python = hosts[0].python
+    require_test_tools(python)
+    env = test_env(hosts[0])
+    if selects_tests(arguments):
+        print("certain tests were asked for: lint and types are not checked", flush=True)
+        failed = 0
+    else:
+        failed = lint(python)
+    if len(hosts) == 1:
+        return process.run([str(python), *PYTEST, *arguments], env=env, cwd=str(ROOT)) or failed
+    return test_all(hosts, env, arguments) or failed
+
+
+def selects_tests(arguments: list[str]) -> bool:
+    """Whether the pytest arguments ask for certain tests only."""
+    return any(word in ("-k", "-m", "--lf") or (ROOT / word.split("::")[0]).exists() for word in arguments)
+
+
+def lint(python: Path) -> int:
+    """Runs ruff and the type checker as pyproject.toml configures them; always both, to show everything."""
+    status = 0
+    for name, arguments in (("ruff", ["check", "."]), ("basedpyright", [])):
+        print(f"== {name} {' '.join(arguments)}".rstrip(), flush=True)
+        status = process.run([str(python), "-m", name, *arguments], cwd=str(ROOT)) or status
+    return status
+
+
+def test_all(hosts: list[Host], env: dict[str, str], arguments: list[str]) -> int:
+    """Runs the tests on each version and ends with a line for each."""
+    summary, failed = [], 0
+    for host in hosts:
+        print(f"== ComfyUI {host.version}", flush=True)
+        command = [str(host.python), *PYTEST, *arguments]
+        versioned = {**env, "VSF_COMFYUI": str(host.tree)}
+        status, tail = process.stream(command, sys.stdout, env=versioned, cwd=str(ROOT))
+        summary.append(f"ComfyUI {host.version}: {'ok' if status == 0 else 'FAILED'}  {tail[-1] if tail else ''}")
+        failed = status or failed
+    print("\n".join(summary))
+    return failed
+
+
+def bench(arguments: list[str]) -> int:
+    """Runs the benchmarks in the host."""
+    script = ROOT / "tests" / "bench" / "__main__.py"
+    if not script.exists():
+        raise HostError(f"there are no benchmarks yet ({script.relative_to(ROOT)} does not exist)")
+    host = get_host()
+    return process.run([str(host.python), str(script), *arguments], env=test_env(host), cwd=str(ROOT))
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The command line; `test` and `bench` pass on what they don't know."""
+    parser = argparse.ArgumentParser(prog="dev.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("setup", help="download and install what is missing")
+    one.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    one.add_argument("--comfyui", metavar="VERSION", choices=CARRIER_VERSIONS, help=", ".join(CARRIER_VERSIONS))
+    one = commands.add_parser("demo", help="make a picture with and without a negative prompt")
+    one.add_argument("--out", default="demo-output", metavar="DIR")
+    one = commands.add_parser("test", help="lint, types and tests; other arguments go to pytest")
+    one.add_argument("--comfyui", metavar="VERSION", choices=[*CARRIER_VERSIONS, "all"], help="a version, or all")
+    commands.add_parser("bench", help="benchmarks; arguments go to them")
+    one = commands.add_parser("serve", help="open ComfyUI with this pack until Ctrl-C")
+    one.add_argument("--port", type=int)
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command not in ("test", "bench"):
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    return options, rest
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; expected failures become one message and a non-zero exit."""
+    options, rest = parse(arguments)
+    process.clean_up_on_signals()
+    try:
+        if options.command == "test":
+            return test(options, rest)
+        if options.command == "bench":
+            return bench(rest)
+        return {"setup": setup, "demo": demo, "serve": serve}[options.command](options)
+    except HostError as error:
+        print(f"dev.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("dev.py: stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""Wan 2.1 and 2.2: text is seen in cross-attention alone; its keys are [N, P], CLIP-vision tokens having been split off
+by the block. VACE's blocks run outside ComfyUI's block patches and follow the block before them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...vsf_core import TokenLayout
+from .base import Family, Released
+
+
+class Wan(Family):
+    title = "Wan 2.1 and 2.2 (text and image to video, VACE, Fun, 5B and 14B)"
+    model_classes = frozenset(f"comfy.model_base.{name}" for name in ("WAN21", "WAN21_Vace", "WAN21_Camera", "WAN22"))
+    encoders = frozenset({"wan"})
+    released = Released(copy=False, kinds=frozenset({"double"}))  # the same as the paper's Eq. 9
+    cross = True
+
+    def block_counts(self, diffusion_model: Any) -> Mapping[str, int]:
+        return {"double": len(diffusion_model.blocks)}
+
+    def context_width(self, diffusion_model: Any) -> int:
+        return diffusion_model.text_embedding[0].in_features
+
+    def head_dim(self, diffusion_model: Any) -> int:
+        return diffusion_model.dim // diffusion_model.num_heads
+
+    def layout(self, kind: str, args: Mapping[str, Any], negative: int) -> TokenLayout:
+        raise NotImplementedError("Wan has no joint sequence")
+
+    def reference_tokens(self, conds: Mapping[str, Any]) -> tuple[int, int]:
+        first = conds.get("reference_latent")
+        after = [conds.get("time_dim_concat"), *(conds.get("context_latents") or ())]
+        before = 0 if first is None else self.grid(first)
+        return before, sum(self.grid(latent) for latent in after if latent is not None)

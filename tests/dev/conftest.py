@@ -1,0 +1,18 @@
+"""Makes `hosting` importable and finds the ComfyUI that dev.py names."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tests"))
+
+
+@pytest.fixture(scope="session")
+def comfyui() -> Path:
+    """The real ComfyUI tree."""
+    if "VSF_COMFYUI" not in os.environ:
+        pytest.skip("VSF_COMFYUI is not set; run the tests with dev.py test")
+    return Path(os.environ["VSF_COMFYUI"])

@@ -1,0 +1,70 @@
+"""The demo's pictures, from the shipped workflow on a real server and from their parts."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from hosting import demo
+from hosting.errors import HostError
+from hosting.server import ComfyServer
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKFLOW = ROOT / "workflows" / "vsf_tiny_demo.json"
+PROMPT = {
+    "1": {"class_type": "CLIPTextEncode", "inputs": {"text": "a house"}},
+    "2": {"class_type": "VSFNegativeConditioning", "inputs": {"positive": ["1", 0], "text": "a roof"}},
+    "3": {"class_type": "VSFModelPatch", "inputs": {"scale": 3.3000000000000003, "offset": 0.2}},
+}
+
+
+def test_demo_writes_three_pictures_that_differ(comfyui, tmp_path, capsys):
+    models = os.environ.get("VSF_MODELS", "")
+    if not Path(models, "diffusion_models").is_dir() or not WORKFLOW.exists():
+        pytest.skip("the tiny models or the workflow are missing; run the tests with dev.py test")
+    with ComfyServer(comfyui, sys.executable, ROOT, models) as server:
+        status = demo.main([server.address, str(WORKFLOW), str(tmp_path / "new" / "out")])
+    shown = capsys.readouterr()
+    assert status == 0, shown.err
+    paths = [Path(line) for line in shown.out.splitlines()[-3:]]
+    assert [path.name for path in paths] == ["before.png", "after.png", "side-by-side.png"]
+    before, after, both = (Image.open(path) for path in paths)
+    assert before.size == after.size and before.tobytes() != after.tobytes()
+    assert both.width > 2 * demo.SMALLEST_WIDTH
+    for picture in (before, after):
+        assert any(low != high for low, high in picture.getextrema())
+    assert "with VSF: KSampler step" in shown.out
+
+
+def test_a_failing_demo_is_one_message(tmp_path, capsys):
+    assert demo.main(["http://127.0.0.1:9", str(WORKFLOW), str(tmp_path)]) == 1
+    assert "dev.py: the demo failed: http://127.0.0.1:9/object_info does not answer" in capsys.readouterr().err
+
+
+def test_captions_come_from_the_graph():
+    assert demo.captions(PROMPT) == (
+        "before\nprompt: a house\nno negative prompt",
+        "after\nprompt: a house\nnegative: a roof\nscale 3.3, offset 0.2",
+    )
+
+
+def test_a_graph_without_vsf_has_no_captions():
+    with pytest.raises(HostError, match="0 VSFNegativeConditioning nodes"):
+        demo.captions({"1": PROMPT["1"]})
+
+
+@pytest.mark.parametrize(("width", "enlarged"), [(32, 384), (100, 400), (384, 384), (1024, 1024)])
+def test_tiny_pictures_are_enlarged_by_a_whole_factor(width, enlarged):
+    assert demo.enlarged(Image.new("RGB", (width, width))).size == (enlarged, enlarged)
+
+
+def test_side_by_side_holds_both_pictures_and_a_caption_that_fits():
+    red, blue = Image.new("RGB", (400, 300), "red"), Image.new("RGB", (400, 300), "blue")
+    sheet = demo.side_by_side(red, blue, ("short", "a long caption of many words " * 8))
+    margin = demo.MARGIN
+    assert sheet.getpixel((margin, margin)) == (255, 0, 0)
+    assert sheet.getpixel((margin * 2 + 400, margin)) == (0, 0, 255)
+    assert sheet.getpixel((sheet.width - margin // 2, sheet.height // 2)) == (255, 255, 255)
+    below = sheet.crop((0, margin + 300, sheet.width, sheet.height))
+    assert below.getextrema()[0][0] < 100 and below.height > 5 * demo.FONT_SIZE

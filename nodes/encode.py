@@ -20,13 +20,13 @@ class Segment:
 
     name: str
     encoders: dict[str, str]
-    """Key in the token dict -> attribute of tokenizer and model; several (CLIP-L, CLIP-G) share the same positions."""
+    """Key in the token dict -> attribute of the model; several (CLIP-L, CLIP-G) share the same positions."""
     causal: bool
 
     def present(self, clip: Any) -> dict[str, Any]:
         """Key in the token dict -> tokenizer, of the encoders that are loaded."""
         return {
-            key: getattr(clip.tokenizer, attribute)
+            key: getattr(clip.tokenizer, attribute, None) or getattr(clip.tokenizer, f"clip_{attribute}")
             for key, attribute in self.encoders.items()
             if getattr(clip.cond_stage_model, attribute, None) is not None
         }

@@ -361,12 +361,14 @@ def _context_window(run: Run, x_in: Tensor, model_options: dict) -> tuple[int, t
     if run.latent_frames is None or x_in.shape[2] == run.latent_frames:
         return None
     window = model_options["transformer_options"].get("context_window")
-    if window is None:
+    frames = torch.arange(run.latent_frames).view(1, 1, -1, 1, 1)
+    shown = [] if window is None else window.get_tensor(frames, dim=2).flatten().tolist()  # its anchor frame included
+    if len(shown) != x_in.shape[2]:
         raise RuntimeError(
             f"VSF: this run shows {x_in.shape[2]} of {run.latent_frames} latent frames at a time without saying which. "
             "VSF works with ComfyUI's own context windows; please report which node made these."
         )
-    return run.latent_frames, tuple(window.index_list)
+    return run.latent_frames, tuple(shown)
 
 
 def _is_active(entry: dict, timestep: Tensor) -> bool:

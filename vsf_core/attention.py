@@ -18,8 +18,8 @@ from .layout import TokenLayout
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """A black box: (q, k, v, additive mask or None) -> Z [B, H, Lq, D]."""
 
-SLIVER_BYTES = 32 * 2**20
-"""Most memory that a temporary of the image-times-negative sliver may take."""
+SLIVER_BYTES = 8 * 2**20
+"""Most memory that one temporary of the image-times-negative sliver may take; a few are alive at a time."""
 
 
 def merge_negative_(

@@ -16,6 +16,11 @@ def load_flux(**kw):
     return comfy.sd.load_diffusion_model_state_dict(tiny.flux(**kw))
 
 
+def load_wan(kind="t2v", **kw):
+    """A tiny random Wan through ComfyUI's own loader."""
+    return comfy.sd.load_diffusion_model_state_dict(tiny.wan(kind, **kw))
+
+
 def text(length, seed, width=64, batch=1):
     g = torch.Generator().manual_seed(seed)
     return torch.randn(batch, length, width, generator=g)
@@ -27,11 +32,25 @@ def conditioning(length=13, seed=1, width=64, pooled_width=2048, **options):
     return [[text(length, seed, width), {"pooled_output": pooled, **options}]]
 
 
-def sample(model, positive, negative=None, *, cfg=1.0, size=(16, 24), batch=1, steps=3, sampler="euler", seed=7, **kw):
+def sample(
+    model,
+    positive,
+    negative=None,
+    *,
+    cfg=1.0,
+    size=(16, 24),
+    batch=1,
+    steps=3,
+    channels=16,
+    sampler="euler",
+    seed=7,
+    **kw,
+):
     """The final latent of a run through ComfyUI's sampler."""
     if negative is None:
-        negative = conditioning(seed=99, pooled_width=positive[0][1]["pooled_output"].shape[1])
-    latent = torch.zeros(batch, 16, *size)
+        tokens, options = positive[0]
+        negative = conditioning(seed=99, width=tokens.shape[2], pooled_width=options["pooled_output"].shape[1])
+    latent = torch.zeros(batch, channels, *size)
     noise = comfy.sample.prepare_noise(latent, seed)
     return comfy.sample.sample(model, noise, steps, cfg, sampler, "simple", positive, negative, latent, seed=seed, **kw)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import comfy.ldm.flux.math as flux_math
 import comfy.ldm.modules.diffusionmodules.mmdit as mmdit
+import comfy.ldm.wan.model as wan
 import torch
 
 
@@ -127,10 +128,51 @@ def replaced(module, make, **kw):
         module.optimized_attention = original
 
 
+@contextlib.contextmanager
+def wan_cross_attention(model, n, expect, record):
+    """While open, Wan's cross-attention layers are Eq. 9, dense and by hand, on [P, N]; VACE's follow their host."""
+    diffusion_model = model.model.diffusion_model
+    layers = {id(block.cross_attn): i for i, block in enumerate(diffusion_model.blocks)}
+    hosts = {n: i for i, n in getattr(diffusion_model, "vace_layers_mapping", {}).items()}
+    for j, block in enumerate(getattr(diffusion_model, "vace_blocks", ())):
+        layers[id(block.cross_attn)] = hosts[j]
+
+    def forward(self, x, context, context_img_len=None, transformer_options=None, **kw):
+        record.joint += 1
+        q, out = self.norm_q(self.q(x)), 0.0
+        if hasattr(self, "k_img"):
+            image, context = context[:, :context_img_len], context[:, context_img_len:]
+            k, v = self.norm_k_img(self.k_img(image)), self.v_img(image)
+            everything = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool)
+            out = dense(q, k, v, self.num_heads, everything, torch.zeros(1, dtype=torch.float64))
+        k, v = self.norm_k(self.k(context)), self.v(context).double()
+        alpha = torch.as_tensor(expect.alpha, dtype=torch.float64).expand(n)
+        positive = k.shape[1] - n
+        v = torch.cat([v[:, :positive], -alpha[:, None] * v[:, positive:]], dim=1)
+        allowed = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool)
+        bias = torch.zeros(q.shape[1], k.shape[1], dtype=torch.float64)
+        bias[:, positive:] -= expect.beta
+        if expect.keep is not None:
+            bias[:, positive:] += expect.keep.double().log()
+        if expect.blocks is not None and layers[id(self)] not in expect.blocks:
+            allowed[:, positive:] = False
+        return self.o((out + dense(q, k, v, self.num_heads, allowed, bias)).to(x.dtype))
+
+    originals = {cls: cls.forward for cls in (wan.WanT2VCrossAttention, wan.WanI2VCrossAttention)}
+    for cls in originals:
+        cls.forward = forward
+    try:
+        yield
+    finally:
+        for cls, original in originals.items():
+            cls.forward = original
+
+
 def oracle_model(model, expects, released=False):
     """A clone of ``model`` (stock) on which every entry with an ``Expect`` runs as the oracle says; and its record."""
     record = Record()
     is_flux = hasattr(model.model.diffusion_model, "double_blocks")
+    is_wan = hasattr(model.model.diffusion_model, "patch_embedding")
     if is_flux:
         module, make = flux_math, flux_attention(len(model.model.diffusion_model.double_blocks))
     else:
@@ -149,6 +191,11 @@ def oracle_model(model, expects, released=False):
                 pieces.append(apply_model(x, t, **c))
                 continue
             n = expect.negative.expand(x.shape[0], -1, -1).to(text)
+            if is_wan:
+                c["c_crossattn"] = torch.cat([text, n], dim=1)
+                with wan_cross_attention(model, n.shape[1], expect, record):
+                    pieces.append(apply_model(x, t, **c))
+                continue
             image = sum(-(-z.shape[-2] // 2) * -(-z.shape[-1] // 2) for z in [x, *c.get("ref_latents", [])])
             plain_copy = [n] if released and not is_flux else []
             c["c_crossattn"] = torch.cat([text, *plain_copy, n], dim=1)
@@ -179,7 +226,7 @@ def _insert(mask, at, n, dim):
 def _chunk(value, chunks, j):
     if isinstance(value, torch.Tensor):
         return value.chunk(chunks)[j]
-    if isinstance(value, list):  # reference latents
+    if isinstance(value, list) and all(isinstance(t, torch.Tensor) for t in value):  # reference latents
         return [t.chunk(chunks)[j] for t in value]
     if isinstance(value, dict) and ("output" in value or "input" in value):  # a ControlNet's residuals
         return {k: [None if t is None else t.chunk(chunks)[j] for t in ts] for k, ts in value.items()}

@@ -185,3 +185,80 @@ def test_negative_remembers_its_encoder(pack, clips):
     object.__setattr__(key[0], "encoder", "flux")
     with pytest.raises(ValueError, match='of type "flux", but this model'):
         sample(pack.patch(model), made, steps=1)
+
+
+# -- Flux and Wan
+
+
+@pytest.fixture(scope="module")
+def flux_clip():
+    import comfy.text_encoders.flux as flux
+
+    return randomized(ClipTarget(flux.FluxTokenizer, flux.flux_clip()), 64)
+
+
+@pytest.fixture(scope="module")
+def wan_clip(tmp_path_factory):
+    """Wan's real tokenizer class over a sentencepiece model trained here on a few words."""
+    import comfy.text_encoders.wan as wan
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("spiece")
+    words = "a red roof house tree sails boat without with and the of hands clock on " * 40
+    (folder / "text.txt").write_text("\n".join(words.split()) + "\n" + "\n".join(words[i : i + 40] for i in range(60)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"),
+        model_prefix=str(folder / "m"),
+        vocab_size=60,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        hard_vocab_limit=False,
+    )
+    data = {"spiece_model": torch.frombuffer(bytearray((folder / "m.model").read_bytes()), dtype=torch.uint8)}
+    return randomized(ClipTarget(wan.WanT5Tokenizer, wan.te()), 4096, tokenizer_data=data)
+
+
+def randomized(target, width, **kw):
+    small = {"num_layers": 2, "d_model": width, "d_ff": 128, "d_kv": 16, "num_heads": 4}
+    options = {
+        "t5xxl_model_config": small,
+        "umt5xxl_model_config": {**small, "vocab_size": 256},
+        "clip_l_model_config": tiny_config(64),
+    }
+    clip = comfy.sd.CLIP(target, model_options=options, parameters=1_000_000, **kw)
+    g = torch.Generator().manual_seed(0)
+    for p in clip.cond_stage_model.parameters():
+        p.data.copy_(torch.randn(p.shape, generator=g) * 0.2)
+    return clip
+
+
+def test_flux_negative_is_t5_without_padding(pack, flux_clip):
+    made = attached(pack, flux_clip, "a red roof")
+    ids = flux_clip.tokenizer.t5xxl.tokenizer("a red roof")["input_ids"]
+    assert made.tokens.shape[1] == len(ids) and made.encoder == "flux"
+    assert made.pooled.shape == (1, 64)
+    tokens = flux_clip.tokenize("a red roof")
+    assert len(tokens["t5xxl"][0]) == 256
+    tokens["t5xxl"] = [[t for t in tokens["t5xxl"][0] if t[0] != 0]]
+    assert torch.equal(made.tokens, flux_clip.encode_from_tokens(tokens))
+
+
+@pytest.mark.parametrize("strength", [1.0, 8.0])
+def test_flux_extrapolation_is_eq_10_by_hand(pack, flux_clip, strength):
+    """The null embedding is the mean of the padding embeddings of the empty prompt: all positions after its end."""
+    plain = attached(pack, flux_clip, "a red roof").tokens
+    null = flux_clip.encode_from_tokens(flux_clip.tokenize(""))[:, 1:].mean(1, keepdim=True)
+    moved = attached(pack, flux_clip, "a red roof", extrapolation=strength).tokens
+    assert relative(moved, plain + strength * (plain - null)) < 1e-6
+
+
+def test_wan_negative_keeps_exactly_its_own_tokens(pack, wan_clip):
+    """umt5 masks and zeroes its padding, so trimming before or after encoding is the same."""
+    made = attached(pack, wan_clip, "a red roof")
+    padded = wan_clip.encode_from_tokens(wan_clip.tokenize("a red roof"))
+    assert padded.shape[1] == 512 and made.encoder == "wan"
+    own = int((padded[0] != 0).any(-1).sum())
+    assert made.tokens.shape[1] == own < 20
+    assert relative(made.tokens, padded[:, :own]) < 1e-5

@@ -93,7 +93,7 @@ def wan(
     kind: str = "t2v",
     dim: int = 256,
     layers: int = 3,
-    context: int = 64,
+    context: int = 4096,
     frames_tokens: int | None = None,
     seed: int = 0,
 ) -> StateDict:

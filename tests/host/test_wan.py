@@ -1,0 +1,251 @@
+"""Wan 2.1 and 2.2, whole models through the real sampler: cross-attention by Eq. 9, every other attention untouched."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import conditioning, load_wan, relative, sample, spy_override, text, with_override
+from oracle import Expect, oracle_model
+
+KINDS = ("t2v", "i2v", "vace", "5b")
+BLOCKS = 3
+WIDTH = 4096
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {kind: load_wan(kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def t2v(models):
+    return models["t2v"]
+
+
+def clip_vision(tokens=257, seed=9):
+    g = torch.Generator().manual_seed(seed)
+    return SimpleNamespace(penultimate_hidden_states=torch.randn(1, tokens, 1280, generator=g))
+
+
+def prompt(kind="t2v", seed=1, length=13, **options):
+    if kind == "i2v":
+        options = {"clip_vision_output": clip_vision(), **options}
+    return conditioning(length, seed, WIDTH, **options)
+
+
+def both(pack, model, kind="t2v", n=5, positive=None, alpha=1.9, beta=0.2, patch=(), node=(), expect=(), **run):
+    positive, negative = positive or prompt(kind), text(n, 5, WIDTH)
+    attached = pack.negative(positive, negative=[[negative, {}]], **dict(node))
+    patched = pack.patch(model, scale=alpha, offset=beta, **dict(patch))
+    oracle, record = oracle_model(model, [Expect(positive[0][0], negative, alpha, beta, **dict(expect))])
+    run = {"size": (3, 8, 10), "channels": 48 if kind == "5b" else 16, "steps": 2, **run}
+    result, expected = sample(patched, attached, **run), sample(oracle, positive, **run)
+    assert record.joint > 0
+    return result, expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n", "batch", "cfg"), [(1, 1, 1.0), (40, 2, 1.0), (5, 2, 2.5)])
+@pytest.mark.parametrize("size", [(1, 8, 10), (3, 7, 9), (9, 4, 6)], ids=["image", "odd", "nine"])
+def test_parity(pack, models, kind, n, batch, cfg, size):
+    if kind == "vace":  # stock VACE itself takes even sizes alone
+        size = (size[0], 6, 10)
+    result, expected = both(pack, models[kind], kind, n=n, batch=batch, cfg=cfg, size=size)
+    assert relative(result, expected) <= 1e-5
+    channels = 48 if kind == "5b" else 16
+    stock = sample(models[kind], prompt(kind), batch=batch, cfg=cfg, size=size, steps=2, channels=channels)
+    assert relative(stock, expected) > 1e-4
+
+
+@pytest.mark.parametrize("alpha", [-2.0, 0.0, 0.8, 6.0])
+@pytest.mark.parametrize("beta", [-0.6, 0.0, 2.0])
+def test_parity_over_scale_and_offset(pack, t2v, alpha, beta):
+    result, expected = both(pack, t2v, alpha=alpha, beta=beta)
+    assert relative(result, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["t2v", "vace"])
+@pytest.mark.parametrize(("batch", "cfg"), [(1, 1.0), (2, 2.5)])
+def test_video_tokens_as_many_as_text_tokens(pack, models, kind, batch, cfg):
+    """3 x 4 x 5 video tokens, 55 + 5 text tokens: self-attention must pass through untouched."""
+    result, expected = both(
+        pack, models[kind], kind, positive=prompt(kind, length=55), n=5, size=(3, 8, 10), batch=batch, cfg=cfg
+    )
+    assert relative(result, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("tokens", [257, 514])
+@pytest.mark.parametrize("extra", [-1, 0, 1])
+def test_clip_vision_tokens_as_many_as_text_tokens(pack, tokens, extra):
+    """First-last-frame models have 514 CLIP tokens: 512 text tokens and a negative of two words count the same."""
+    model = load_wan("i2v", frames_tokens=514 if tokens == 514 else None)
+    positive = prompt("i2v", length=tokens - 2 + extra, clip_vision_output=clip_vision(tokens))
+    result, expected = both(pack, model, "i2v", n=2, positive=positive)
+    assert relative(result, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("blocks", ["double:1", "double:0-1", ""])
+@pytest.mark.parametrize("kind", ["t2v", "vace"])
+def test_blocks(pack, models, kind, blocks):
+    """VACE blocks follow their host block."""
+    selected = {"double:1": {1}, "double:0-1": {0, 1}, "": {0, 1, 2}}[blocks]
+    result, expected = both(pack, models[kind], kind, patch={"blocks": blocks}, expect={"blocks": selected})
+    assert relative(result, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("size", [(3, 8, 10), (4, 7, 9)])
+@pytest.mark.parametrize("cfg", [1.0, 2.5])
+def test_mask_and_frame_window(pack, t2v, size, cfg):
+    t, h, w = size[0], (size[1] + 1) // 2, (size[2] + 1) // 2
+    inside = torch.zeros(h, w)
+    inside[1:3, 1:4] = 1.0
+    pixels = inside.repeat_interleave(16, 0).repeat_interleave(16, 1)[None, : size[1] * 8, : size[2] * 8]
+    frames = torch.tensor([0.25 <= (f + 0.5) / t < 0.8 for f in range(t)])
+    assert frames.any() and not frames.all()
+    keep = (inside[None] * frames[:, None, None]).reshape(-1, 1).expand(-1, 5)
+    node = {"mask": pixels, "from_frame": 0.25, "to_frame": 0.8}
+    result, expected = both(pack, t2v, node=node, expect={"keep": keep}, size=size, cfg=cfg)
+    assert relative(result, expected) <= 1e-5
+
+
+def test_mask_that_moves(pack, t2v):
+    """A MASK batch is a mask per frame, resized to the latent's frames."""
+    per_frame = torch.zeros(3, 4, 5)
+    per_frame[0, :2], per_frame[1, 2:], per_frame[2] = 1.0, 1.0, 1.0
+    pixels = per_frame.repeat_interleave(16, 1).repeat_interleave(16, 2)
+    keep = per_frame.reshape(-1, 1).expand(-1, 5)
+    result, expected = both(pack, t2v, node={"mask": pixels}, expect={"keep": keep})
+    assert relative(result, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cfg", [1.0, 2.5])
+def test_neutrality_at_a_large_finite_offset(pack, models, kind, cfg):
+    model, positive = models[kind], prompt(kind)
+    run = {"size": (3, 8, 10), "channels": 48 if kind == "5b" else 16, "cfg": cfg}
+    stock = sample(model, positive, **run)
+    attached = pack.negative(positive, negative=[[text(40, 5, WIDTH) * 3, {}]])
+    patched, seen = pack.patch(model, offset=60.0), []
+    assert relative(sample(with_override(patched, spy_override(seen)), attached, **run), stock) <= 1e-6
+    assert relative(sample(patched, attached, **run), stock) <= 1e-6
+    per_forward = BLOCKS * (2 if kind == "vace" else 1)
+    # an uncond without CLIP vision runs apart, and stock then shows the text to the image branch as well
+    forwards = 3 * (3 if kind == "i2v" and cfg > 1 else 1)
+    assert seen.count(13 + 40) == per_forward * forwards
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cfg", [1.0, 2.5])
+def test_off(pack, models, kind, cfg):
+    model, run = models[kind], {"size": (3, 8, 10), "channels": 48 if kind == "5b" else 16, "cfg": cfg}
+    stock = sample(model, prompt(kind), **run)
+    attached = pack.negative(prompt(kind), negative=[[text(5, 5, WIDTH), {}]])
+    patched = pack.patch(model)
+    assert torch.equal(sample(model, attached, **run), stock)
+    assert torch.equal(sample(patched, prompt(kind), **run), stock)
+    assert torch.equal(sample(pack.patch(model, start_percent=0.999), attached, **run), stock)
+
+    def fail(func, q, k, v, heads, **kw):
+        raise RuntimeError("injected")
+
+    with pytest.raises(RuntimeError, match="injected"):
+        sample(with_override(patched, fail), attached, **run)
+    assert not torch.equal(sample(patched, attached, **run), stock)
+    assert torch.equal(sample(model, prompt(kind), **run), stock)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_context_windows(pack, t2v, masked):
+    """ComfyUI's own context windows; a frame window means the whole video, not the window at hand."""
+    from comfy.context_windows import (
+        ContextFuseMethods,
+        ContextSchedules,
+        IndexListContextHandler,
+        create_prepare_sampling_wrapper,
+        get_matching_context_schedule,
+        get_matching_fuse_method,
+    )
+
+    def windowed(model):
+        m = model.clone()
+        m.model_options["context_handler"] = IndexListContextHandler(
+            context_schedule=get_matching_context_schedule(ContextSchedules.STATIC_STANDARD),
+            fuse_method=get_matching_fuse_method(ContextFuseMethods.PYRAMID),
+            context_length=4,
+            context_overlap=2,
+            dim=2,
+        )
+        create_prepare_sampling_wrapper(m)
+        return m
+
+    positive, negative, size = prompt(), text(5, 5, WIDTH), (8, 8, 10)
+    node = {"from_frame": 0.5} if masked else {}
+    attached = pack.negative(positive, negative=[[negative, {}]], **node)
+    result = sample(windowed(pack.patch(t2v)), attached, size=size, steps=2)
+    if not masked:
+        oracle, _ = oracle_model(t2v, [Expect(positive[0][0], negative, 3.3, 0.2)])
+        assert relative(result, sample(windowed(oracle), positive, size=size, steps=2)) <= 1e-5
+        return
+    # windows 0-3, 2-5, 4-7: the first shows no active frame, so after one step its own frames are stock's
+    first = sample(windowed(pack.patch(t2v)), attached, size=size, steps=1)
+    stock = sample(windowed(t2v), positive, size=size, steps=1)
+    assert relative(first[:, :, :2], stock[:, :, :2]) <= 1e-6
+    assert relative(first[:, :, 6:], stock[:, :, 6:]) > 1e-4
+
+
+def test_high_and_low_noise_pair(pack, models):
+    """Both models of a 14B pair patched, one conditioning: as each alone would do."""
+    import comfy.sample
+    from comfy.samplers import KSampler
+
+    assert KSampler and comfy.sample
+    high, low = pack.patch(models["t2v"]), pack.patch(load_wan("t2v", seed=3))
+    attached = pack.negative(prompt(), negative=[[text(5, 5, WIDTH), {}]])
+    uncond = prompt(seed=99)
+    noise = torch.randn(1, 16, 3, 8, 10, generator=torch.Generator().manual_seed(7))
+
+    def run(first, second, positive):
+        def part(m, latent, start, last, zero):
+            return comfy.sample.sample(
+                m,
+                torch.zeros_like(noise) if zero else noise,
+                4,
+                1.0,
+                "euler",
+                "simple",
+                positive,
+                uncond,
+                latent,
+                start_step=start,
+                last_step=last,
+                force_full_denoise=zero,
+                disable_noise=zero,
+            )
+
+        return part(second, part(first, torch.zeros_like(noise), 0, 2, False), 2, 4, True)
+
+    positive = prompt()
+    expects = [Expect(positive[0][0], text(5, 5, WIDTH), 3.3, 0.2)]
+    expected = run(oracle_model(models["t2v"], expects)[0], oracle_model(load_wan("t2v", seed=3), expects)[0], positive)
+    assert relative(run(high, low, attached), expected) <= 1e-5
+
+
+def test_row_mask_path(pack, t2v):
+    seen = []
+    positive, negative = prompt(), text(5, 5, WIDTH)
+    oracle, _ = oracle_model(t2v, [Expect(positive[0][0], negative, 3.3, 0.2)])
+    attached = pack.negative(positive, negative=[[negative, {}]])
+    for cfg in (1.0, 2.5):
+        run = {"size": (3, 8, 10), "cfg": cfg, "batch": 2}
+        result = sample(with_override(pack.patch(t2v), spy_override(seen)), attached, **run)
+        assert relative(result, sample(oracle, positive, **run)) <= 1e-5
+    masked = pack.negative(positive, negative=[[negative, {}]], from_frame=0.4)
+    one = sample(with_override(pack.patch(t2v), spy_override(seen)), masked, size=(3, 8, 10))
+    assert relative(one, sample(pack.patch(t2v), masked, size=(3, 8, 10))) <= 1e-5
+
+
+def test_subclasses_are_refused(pack):
+    model = load_wan("t2v")
+    model.model.__class__ = type("WAN21_SCAIL", (type(model.model),), {"__module__": "comfy.model_base"})
+    with pytest.raises(ValueError, match="WAN21_SCAIL are not supported"):
+        pack.patch(model)

@@ -8,6 +8,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 
+WIDGETS = {
+    "VSFModelPatch": ("scale", "offset", "start_percent", "end_percent", "blocks", "layout", "affect_references"),
+    "VSFNegativeConditioning": ("text", "strength", "extrapolation", "from_frame", "to_frame"),
+}
+
 LOAD = """async (workflow) => {
     await window.app.loadGraphData(workflow);
     const known = window.LiteGraph.registered_node_types;
@@ -31,17 +36,11 @@ def test_opens_with_no_missing_node(page, path, tmp_path_factory):
     assert {"VSFNegativeConditioning", "VSFModelPatch"} <= {n["type"] for n in nodes}
     # widget values arrive under their own names: the API prompt that Run would send says what the file says
     prompt = page.evaluate("async () => (await window.app.graphToPrompt()).output")
-    patch = next(n for n in prompt.values() if n["class_type"] == "VSFModelPatch")["inputs"]
-    assert {k: patch[k] for k in ("scale", "offset", "start_percent", "end_percent", "blocks", "layout")} == {
-        "scale": 3.3,
-        "offset": 0.2,
-        "start_percent": 0,
-        "end_percent": 1,
-        "blocks": "",
-        "layout": "paper",
-    }
-    negative = next(n for n in prompt.values() if n["class_type"] == "VSFNegativeConditioning")["inputs"]
-    assert negative["text"] and negative["strength"] == 1 and isinstance(negative["positive"], list)
+    for node in (n for n in shipped if n["type"] in WIDGETS):
+        sent = prompt[str(node["id"])]["inputs"]
+        assert {name: sent[name] for name in WIDGETS[node["type"]]} == dict(
+            zip(WIDGETS[node["type"]], node["widgets_values"], strict=True)
+        )
     assert not [p for p in page.problems if "vsf" in p.lower()]
     page.keyboard.press("Escape")  # a dialog about model files that are not here
     page.evaluate("() => window.app.canvas.ds.reset?.()")

@@ -1,15 +1,15 @@
 """A word in the log when a queued graph has a negative that no patched model will ever meet."""
 
 import logging
+import sys
 
 log = logging.getLogger(__name__)
 
 
 def watch_prompts() -> None:
     """Look at every prompt as it is queued. Only looks: the prompt goes on as it came."""
-    from server import PromptServer
-
-    server = getattr(PromptServer, "instance", None)
+    module = sys.modules.get("server")  # not imported: without ComfyUI's server there is nothing to watch
+    server = getattr(getattr(module, "PromptServer", None), "instance", None)
     if server is not None:
         server.add_on_prompt_handler(_on_prompt)
 

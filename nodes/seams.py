@@ -31,6 +31,7 @@ from ..vsf_core import (
 )
 from .blocks import Block, all_blocks, parse_blocks
 from .families import Family, Released
+from .host_attention import OVERRIDE, HostAttention
 from .negative import KEY, PREFIX, Negative, count_tokens, negatives_of, step_conds
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,6 @@ WRAPPER_KEY = "vsf"
 RUN_KEY = "vsf_run"
 FORWARD_KEY = "vsf_forward"
 PLACE_KEY = "vsf_place"
-OVERRIDE = "optimized_attention_override"
 LAYOUTS = ("paper", "released")
 
 
@@ -386,17 +386,19 @@ def _run_block(block: Block, position: int, previous: Callable | None, args: dic
     def original(inner: dict) -> dict:
         options = inner["transformer_options"]
         forward: Forward = options[FORWARD_KEY]
-        if forward.family.cross:
-            return _run_cross_block(block, position, forward, inner, extra)
-        layout = forward.family.layout(block[0], inner, forward.tokens)
         calls: list[str] = []
-        override = partial(_attention_override, block, layout, calls, options.get(OVERRIDE))
-        out = extra["original_block"]({**inner, "transformer_options": {**options, OVERRIDE: override}})
+        if forward.family.cross:  # the override is in force already; it needs to know the place
+            here, keys = {PLACE_KEY: (block, calls)}, forward.text
+        else:
+            layout = forward.family.layout(block[0], inner, forward.tokens)
+            override = partial(_joint_override, block, layout, calls, options.get(OVERRIDE))
+            here, keys = {OVERRIDE: override}, layout.length
+        out = extra["original_block"]({**inner, "transformer_options": {**options, **here}})
         if not calls:
             raise RuntimeError(
-                f"VSF: {block[0]} block {block[1]} ran without the joint attention call that VSF expects there "
-                f"({layout.length} tokens), so the negative had no effect. This ComfyUI, or another node, computes "
-                "this block's attention in a way that this version of ComfyUI-VSF does not know. Please report it."
+                f"VSF: {block[0]} block {block[1]} ran without the attention call over text that VSF expects there "
+                f"({keys} keys), so the negative had no effect. This ComfyUI, or another node, computes this block's "
+                "attention in a way that this version of ComfyUI-VSF does not know. Please report it."
             )
         forward.reached[position].add_(1)
         forward.run.paths.add(calls[0])
@@ -407,130 +409,72 @@ def _run_block(block: Block, position: int, previous: Callable | None, args: dic
     return previous(args, {**extra, "original_block": original})
 
 
-def _run_cross_block(block: Block, position: int, forward: Forward, args: dict, extra: Mapping) -> dict:
-    """The block of a cross-attention model, told its place; the override is in force already."""
-    calls: list[str] = []
-    options = {**args["transformer_options"], PLACE_KEY: (block, calls)}
-    out = extra["original_block"]({**args, "transformer_options": options})
-    if not calls:
-        raise RuntimeError(
-            f"VSF: {block[0]} block {block[1]} ran without the cross-attention call that VSF expects there "
-            f"({forward.text} keys), so the negative had no effect. This ComfyUI, or another node, computes this "
-            "block's attention in a way that this version of ComfyUI-VSF does not know. Please report it."
-        )
-    forward.reached[position].add_(1)
-    forward.run.paths.add(calls[0])
-    return out
-
-
-def _cross_override(
-    previous: Callable | None,
-    func: Callable,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    heads: int,
-    mask: Tensor | None = None,
-    attn_precision: torch.dtype | None = None,
-    skip_reshape: bool = False,
-    skip_output_reshape: bool = False,
-    **kwargs: Any,
-) -> Tensor:
+def _cross_override(previous: Callable | None, func: Callable, *args: Any, **kwargs: Any) -> Tensor:
     """ComfyUI's attention call in a cross-attention model: VSF where its keys are the text stream [N, P]."""
-    options = kwargs["transformer_options"]
-    forward: Forward = options[FORWARD_KEY]
-    host = func if previous is None else partial(previous, func)
-    kwargs["attn_precision"] = attn_precision
-    kwargs["transformer_options"] = _with_override(options, previous)
-    if skip_reshape or k.shape[1] != forward.text:
-        return host(
-            q, k, v, heads, mask=mask, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape, **kwargs
-        )
-    if q.shape[1] == k.shape[1]:
+    host = HostAttention(previous, func, *args, **kwargs)
+    forward: Forward = host.options[FORWARD_KEY]
+    if host.has_heads or host.keys != forward.text:
+        return host.unchanged()
+    if host.queries == host.keys or host.mask is not None:
         raise RuntimeError(
-            f"VSF: self-attention and text cannot be told apart here, both have {k.shape[1]} tokens. Change the "
-            "negative by a word, and please report which model this was."
+            f"VSF: cannot tell which attention this is ({host.queries} queries, {host.keys} keys, "
+            f"{'a' if host.mask is not None else 'no'} mask). Change the negative by a word, and please report which "
+            "model this was."
         )
-
-    def black_box(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return host(q, k, v, heads, mask=mask, skip_reshape=True, skip_output_reshape=True, **kwargs)
-
-    q, k, v = (t.reshape(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k, v))
+    q, k, v = host.split()
     n = forward.tokens
     positive, negative = (k[:, :, n:], v[:, :, n:]), (k[:, :, :n], v[:, :, :n])
     # outside a block patch (VACE) the block before it is the host
-    block, calls = options.get(PLACE_KEY) or (("double", options["block_index"]), [])
+    block, calls = host.options.get(PLACE_KEY) or (("double", host.options["block_index"]), [])
+    shared = (q, *positive, *negative, forward.alpha, forward.bias)
     if block not in forward.run.selected:
         calls.append("not selected")
-        out = black_box(q, *positive, mask)
-    elif previous is None and func.__name__ == "attention_pytorch" and forward.attend is not None and mask is None:
+        out = host.black_box(q, *positive, None)
+    elif host.is_sdpa and forward.attend is not None:
         calls.append(f"log-sum-exp merge ({forward.attend.__name__})")
-        scale = kwargs.get("scale")
-        out = cross_attention(q, *positive, *negative, forward.alpha, forward.bias, forward.attend, scale)
+        out = cross_attention(*shared, forward.attend, host.scale)
     else:
-        calls.append(f"row mask ({getattr(func if previous is None else previous, '__name__', 'override')})")
-        out = cross_attention_masked(q, *positive, *negative, forward.alpha, forward.bias, black_box)
-    return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
+        calls.append(f"row mask ({host.name})")
+        out = cross_attention_masked(*shared, host.black_box)
+    return host.join(out)
 
 
-def _attention_override(
+def _joint_override(
     block: Block,
     layout: TokenLayout,
     calls: list[str],
     previous: Callable | None,
     func: Callable,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    heads: int,
-    mask: Tensor | None = None,
-    attn_precision: torch.dtype | None = None,
-    skip_reshape: bool = False,
-    skip_output_reshape: bool = False,
+    *args: Any,
     **kwargs: Any,
 ) -> Tensor:
-    """ComfyUI's attention call, made VSF where it is the block's joint one; any other passes through."""
-    forward: Forward = kwargs["transformer_options"][FORWARD_KEY]
-    host = func if previous is None else partial(previous, func)
-    kwargs["attn_precision"] = attn_precision
-    kwargs["transformer_options"] = _with_override(kwargs["transformer_options"], previous)
-    if k.shape[2 if skip_reshape else 1] != layout.length:
-        return host(
-            q, k, v, heads, mask=mask, skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape, **kwargs
-        )
-
-    def black_box(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return host(q, k, v, heads, mask=mask, skip_reshape=True, skip_output_reshape=True, **kwargs)
-
-    if not skip_reshape:
-        q, k, v = (t.reshape(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k, v))  # SD3's v is 4-D already
-    mask = _total_mask(mask, layout, block, forward, q.dtype)
+    """ComfyUI's attention call inside a joint block: VSF where its keys are the joint sequence."""
+    host = HostAttention(previous, func, *args, **kwargs)
+    forward: Forward = host.options[FORWARD_KEY]
+    if host.keys != layout.length:
+        return host.unchanged()
+    q, k, v = host.split()
+    mask = _total_mask(host.mask, layout, block, forward, q.dtype)
     bias = forward.bias if block in forward.run.selected else None
     shared = (q, k, v, layout, forward.alpha, bias)
     if forward.released is not None and block[0] not in forward.released.kinds:
         calls.append("ordinary text")
-        out = black_box(q, k, v, mask)
-    elif previous is None and func.__name__ == "attention_pytorch" and forward.attend is not None and mask is None:
+        out = host.black_box(q, k, v, mask)
+    elif host.is_sdpa and forward.attend is not None and mask is None:
         calls.append(f"log-sum-exp merge ({forward.attend.__name__})")
-        out = joint_attention(*shared, forward.attend, forward.padding, kwargs.get("scale"))
+        out = joint_attention(*shared, forward.attend, forward.padding, host.scale)
     else:
-        calls.append(f"row mask ({getattr(func if previous is None else previous, '__name__', 'override')})")
-        out = joint_attention_masked(*shared, black_box, forward.padding, mask)
-    return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
-
-
-def _with_override(options: dict, previous: Callable | None) -> dict:
-    """``options`` as they were before this block: with the previous override, or none."""
-    restored = {key: value for key, value in options.items() if key != OVERRIDE}
-    return restored if previous is None else {**restored, OVERRIDE: previous}
+        calls.append(f"row mask ({host.name})")
+        out = joint_attention_masked(*shared, host.black_box, forward.padding, mask)
+    return host.join(out)
 
 
 def _grown_mask(mask: Tensor, negative: int) -> Tensor:
-    """The user's attention mask over [P, I] made one over [N, P, I]; N's own rows and columns are left to VSF."""
+    """The user's attention mask [..., 1 or L, L] over [P, I], made one over [N, P, I]; N's part is left to VSF."""
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
-    rows = negative if mask.ndim > 2 and mask.shape[-2] > 1 else 0
-    return F.pad(mask, (negative, 0, rows, 0) if mask.ndim > 1 else (negative, 0))
+    rows = negative if mask.shape[-2] > 1 else 0
+    return F.pad(mask, (negative, 0, rows, 0))
 
 
 def _total_mask(

@@ -62,7 +62,7 @@ def test_demo_runs_to_a_picture_and_shows_its_tokens(page, tmp_path_factory):
         """() => window.app.graph._nodes.find(n => n.type === "VSFNegativeConditioning")
                .widgets.find(w => w.name === "vsf_tokens").element.textContent"""
     )
-    assert view.splitlines() == ["pushes away 3 tokens", "CLIP: roof"]
+    assert view.splitlines() == ["pushes away 4 tokens", "CLIP: a · roof"]
     saved = page.evaluate("() => JSON.stringify(window.app.graph.serialize())")
     assert "pushes away" not in saved
     assert not [p for p in page.problems if "vsf" in p.lower()]

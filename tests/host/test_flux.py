@@ -101,6 +101,33 @@ def test_attention_mask(pack, schnell, batch, cfg):
     assert relative(result, without) > 1e-3
 
 
+@pytest.mark.parametrize("form", ["bool", "additive", "matrix"])
+@pytest.mark.parametrize(("batch", "cfg"), [(1, 1.0), (2, 2.5)])
+def test_mask_over_the_text(pack, schnell, form, batch, cfg):
+    """A T5 mask that hides the text's last four tokens, as a pack may hand it to Flux: as if they were not there."""
+    from comfy.patcher_extension import WrappersMP
+
+    def hide(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kw):  # noqa: B006
+        length = 13 + x.shape[-2] * x.shape[-1] // 4
+        mask = torch.ones(x.shape[0], 1, 1, length, dtype=torch.bool)
+        mask[..., 9:13] = False
+        if form != "bool":
+            mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+        if form == "matrix":
+            mask = mask[0, 0].expand(length, length)
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, attention_mask=mask, **kw)
+
+    masked = schnell.clone()
+    masked.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "stand-in", hide)
+    positive, short, negative = prompt(), [[prompt()[0][0][:, :9], prompt()[0][1]]], text(5, 5)
+    uncond = prompt(seed=99)
+    short_uncond = [[uncond[0][0][:, :9], uncond[0][1]]]
+    attached = pack.negative(positive, negative=[[negative, {}]])
+    oracle, _ = oracle_model(schnell, [Expect(short[0][0], negative, 3.3, 0.2)])
+    result = sample(pack.patch(masked), attached, uncond, cfg=cfg, batch=batch)
+    assert relative(result, sample(oracle, short, short_uncond, cfg=cfg, batch=batch)) <= 1e-5
+
+
 @pytest.mark.parametrize(
     ("blocks", "selected"),
     [("double", {0, 1}), ("single:1", {3}), ("double:1,single:0-", {1, 2, 3}), ("all", {0, 1, 2, 3})],

@@ -195,7 +195,7 @@ def test_a_block_without_its_joint_attention_fails_loudly(pack, model, monkeypat
 
     attached = pack.negative(conditioning(), negative=[[text(4, 5), {}]])
     monkeypatch.setattr(mmdit, "optimized_attention", direct)
-    with pytest.raises(RuntimeError, match="block 0 ran without the joint attention call"):
+    with pytest.raises(RuntimeError, match="block 0 ran without the attention call over text"):
         sample(pack.patch(model), attached)
 
 

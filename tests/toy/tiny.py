@@ -1,10 +1,12 @@
 """Tiny models in ComfyUI's own formats, so that its real loaders load them.
 
-``python tests/toy/tiny.py DIR`` writes them below DIR as ComfyUI's model folders. Weights are random; sizes are what
-the loaders read off the weights. Run with the host's Python; VSF_COMFYUI names the ComfyUI tree.
+``python tests/toy/tiny.py DIR`` writes them below DIR as ComfyUI's model folders; run it with the host's Python, with
+VSF_COMFYUI naming the tree. Weights are random, but for the demo's trained SD3 (``weights/``); sizes are what the
+loaders read off the weights.
 """
 
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 StateDict = dict[str, Tensor]
+WEIGHTS = Path(__file__).parent / "weights"
 
 
 def randomize(state: StateDict, seed: int, qk_gain: float = 1.5) -> StateDict:
@@ -151,9 +154,15 @@ def clip_l(seed: int = 0) -> StateDict:
 
 def write_all(out: Path) -> None:
     """The demo's models, each written whole or not at all."""
-    _save({k: v.half() for k, v in sd3(context=4096).items()}, out / "diffusion_models" / "vsf_tiny_sd3.safetensors")
+    _copy(WEIGHTS / "sd3.safetensors", out / "diffusion_models" / "vsf_tiny_sd3.safetensors")
     _save(clip_l(), out / "text_encoders" / "vsf_tiny_clip_l.safetensors")
     codec.write(out / "vae_approx")
+
+
+def _copy(source: Path, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
 
 
 def _save(state: StateDict, path: Path) -> None:

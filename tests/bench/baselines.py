@@ -1,0 +1,139 @@
+"""Other ways to use a negative at cfg 1, and VSF's ablations, on the pack's hooks, for SD3's joint attention.
+
+A rule sees one joint attention over [N, P, I] (negative text, positive text, image) and returns its result. Formulas of
+NAG and NASA: Normalized Attention Guidance, and Negative-Aware Self-Attention, per token and before the output
+projection, for image tokens only. The negative's own stream reads the image and itself, as it would in a second pass.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Joint:
+    """q, k, v [B, H, L, D] of the sequence [N, P, I]; the lengths of N and P."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    negative: int
+    positive: int
+
+    @property
+    def n(self) -> slice:
+        return slice(0, self.negative)
+
+    @property
+    def p(self) -> slice:
+        return slice(self.negative, self.negative + self.positive)
+
+    @property
+    def i(self) -> slice:
+        return slice(self.negative + self.positive, self.q.shape[2])
+
+    def attend(self, query: slice, *keys: slice) -> Tensor:
+        """Plain attention of one group on others, [B, H, Lq, D]."""
+        k, v = (torch.cat([t[:, :, span] for span in keys], dim=2) for t in (self.k, self.v))
+        return F.scaled_dot_product_attention(self.q[:, :, query], k, v)
+
+
+Rule = Callable[[Joint], Tensor]
+
+
+def guided(combine: Callable[[Tensor, Tensor], Tensor]) -> Rule:
+    """A rule that steers the image's result by what it would be with N in P's place: ``combine(Z+, Z-)``."""
+
+    def rule(joint: Joint) -> Tensor:
+        n, p, i = joint.n, joint.p, joint.i
+        image = combine(joint.attend(i, p, i), joint.attend(i, n, i))
+        return torch.cat([joint.attend(n, n, i), joint.attend(p, p, i), image], dim=2)
+
+    return rule
+
+
+def nag(phi: float, blend: float, tau: float) -> Rule:
+    """Normalized Attention Guidance with s = 1 + phi, a = ``blend``; L1 norms over all heads' channels."""
+
+    def norm(z: Tensor) -> Tensor:
+        return z.abs().sum((1, 3), keepdim=True).clamp_min(1e-6)
+
+    def combine(z_pos: Tensor, z_neg: Tensor) -> Tensor:
+        z = (1 + phi) * z_pos - phi * z_neg
+        ratio = norm(z) / norm(z_pos)
+        z = z * ratio.clamp_max(tau) / ratio
+        return blend * z + (1 - blend) * z_pos
+
+    return guided(combine)
+
+
+def nasa(phi: float) -> Rule:
+    """Z+ - phi Z-."""
+    return guided(lambda z_pos, z_neg: z_pos - phi * z_neg)
+
+
+def vsf_without_mask(scale: float, offset: float) -> Rule:
+    """VSF's duplication, but everyone attends to everyone: [N, P, I] and, as keys only, the flipped N."""
+
+    def rule(joint: Joint) -> Tensor:
+        k = torch.cat([joint.k, joint.k[:, :, joint.n]], dim=2)
+        v = torch.cat([joint.v, -scale * joint.v[:, :, joint.n]], dim=2)
+        mask = torch.zeros(k.shape[2], dtype=k.dtype, device=k.device)
+        mask[-joint.negative :] = -offset
+        return F.scaled_dot_product_attention(joint.q, k, v, attn_mask=mask.expand(joint.q.shape[2], -1))
+
+    return rule
+
+
+def vsf_without_duplication(scale: float) -> Rule:
+    """N's values flipped in place, and no mask: N and P see the flipped values too."""
+
+    def rule(joint: Joint) -> Tensor:
+        v = torch.cat([-scale * joint.v[:, :, joint.n], joint.v[:, :, joint.n.stop :]], dim=2)
+        return F.scaled_dot_product_attention(joint.q, joint.k, v)
+
+    return rule
+
+
+def patched(model: Any, rule: Rule, tokens: Tensor) -> Any:
+    """A clone of a ComfyUI SD3 model that sees ``tokens`` [1, n, C] through ``rule``. For cfg 1."""
+    import comfy.patcher_extension
+
+    def apply_model(
+        executor: Any,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Tensor | None = None,
+        c_crossattn: Tensor | None = None,
+        control: Any = None,
+        transformer_options: dict = {},  # noqa: B006 (ComfyUI's own signature; never written to)
+        **kwargs: Any,
+    ) -> Tensor:
+        assert c_crossattn is not None
+        context = torch.cat([tokens.to(c_crossattn).expand(len(x), -1, -1), c_crossattn], dim=1)
+        blocks = len(executor.class_obj.diffusion_model.joint_blocks)
+        replace = transformer_options.get("patches_replace", {})
+        dit = {**replace.get("dit", {}), **{("double_block", k): run_block for k in range(blocks)}}
+        options = {**transformer_options, "patches_replace": {**replace, "dit": dit}}
+        return executor(x, t, c_concat, context, control, options, **kwargs)
+
+    def run_block(args: dict, extra: dict) -> dict:
+        positive = args["txt"].shape[1] - tokens.shape[1]
+        length = args["txt"].shape[1] + args["img"].shape[1]
+
+        def override(func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *a: Any, **kw: Any) -> Tensor:
+            if q.shape[1] != length:  # SD3.5 Medium's second attention, on the image alone
+                return func(q, k, v, heads, *a, **kw)
+            q, k, v = (t.reshape(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k, v))
+            return rule(Joint(q, k, v, tokens.shape[1], positive)).transpose(1, 2).flatten(2)
+
+        options = {**args["transformer_options"], "optimized_attention_override": override}
+        return extra["original_block"]({**args, "transformer_options": options})
+
+    clone = model.clone()
+    clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, "baseline", apply_model)
+    return clone

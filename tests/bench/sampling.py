@@ -1,0 +1,154 @@
+"""The toy model in a real ComfyUI in this process, and every method of using a negative with it."""
+
+import asyncio
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+TOY = ROOT / "tests" / "toy"
+WEIGHTS = TOY / "weights"
+
+
+def open_comfyui() -> None:
+    """Puts the host's tree (VSF_COMFYUI) and the toy's modules first on sys.path, and ComfyUI on the CPU."""
+    for folder in (TOY, Path(os.environ["VSF_COMFYUI"])):
+        sys.path[:] = [str(folder), *(p for p in sys.path if p != str(folder))]
+    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]  # its ``nodes`` would shadow ComfyUI's
+    from comfy.cli_args import args
+
+    args.cpu = True
+    args.use_pytorch_cross_attention = True
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to ask for: a caption of an object, in a style, and the part that should go."""
+
+    thing: str
+    part: str
+    caption: str
+    style: str
+
+    @property
+    def negative(self) -> str:
+        import world
+
+        return world.BY_NAME[self.thing].part(self.part).phrase
+
+
+PROMPTS = (("a {}", ""), ("a photo of a {} and a sun", ""), ("a picture of a {} at night", "at night"))
+
+
+def cases(pairs: Sequence[tuple[str, str]], prompts: int = len(PROMPTS)) -> list[Case]:
+    """Each (object, part) with each of the first few prompts."""
+    return [Case(o, p, text.format(o), style) for o, p in pairs for text, style in PROMPTS[:prompts]]
+
+
+class Toy:
+    """A trained toy model of one family, its text encoder and the pack's nodes."""
+
+    def __init__(self, weights: Path) -> None:
+        import captions
+        import comfy.sd
+
+        self.model = comfy.sd.load_diffusion_model(str(weights), model_options={"dtype": torch.float32})
+        self.clip = captions.load_clip()
+        self.encode, self.attach = cache(self._encode), cache(self._attach)
+
+    def _encode(self, text: str) -> list:
+        return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
+
+    def _attach(self, caption: str, unwanted: str) -> list:
+        """The caption's conditioning with the negative attached by the pack's node."""
+        node = self.pack["VSFNegativeConditioning"]
+        return node.execute(positive=self.encode(caption), clip=self.clip, text=unwanted).result[0]
+
+    @cached_property
+    def pack(self) -> Mapping[str, Any]:
+        """The pack's node classes, as ComfyUI's own loader registered them."""
+        import nodes
+
+        if "VSFModelPatch" not in nodes.NODE_CLASS_MAPPINGS and not asyncio.run(nodes.load_custom_node(str(ROOT))):
+            raise RuntimeError("the pack does not load")
+        return nodes.NODE_CLASS_MAPPINGS
+
+    def patched(self, **settings: Any) -> Any:
+        """The model through the pack's node."""
+        return self.pack["VSFModelPatch"].execute(model=self.model, **settings).result[0]
+
+    def pictures(self, case: Case, method: str, settings: Mapping[str, Any], seeds: Sequence[int]) -> np.ndarray:
+        """Samples [n, 3, 32, 32] in 0..1, one a seed, through ComfyUI's sampler."""
+        import codec
+
+        run = {"steps": 8, "cfg": 1.0, **settings}
+        model, positive, negative = self._prepare(case, method, settings)
+        latents = self._sample(model, positive, negative, seeds, run["steps"], run["cfg"])
+        return codec.decode(self.model.model.latent_format.process_in(latents)).numpy()
+
+    def _prepare(self, case: Case, method: str, settings: Mapping[str, Any]) -> tuple[Any, list, list]:
+        import baselines
+
+        model, positive, empty = self.model, self.encode(case.caption), self.encode("")
+        own = {k: v for k, v in settings.items() if k not in ("steps", "cfg")}
+        unwanted = case.negative
+        if method == "none":
+            return model, positive, empty
+        if method == "cfg":
+            return model, positive, self.encode(unwanted)
+        if method in ("vsf", "vsf released"):
+            layout = "released" if method == "vsf released" else "paper"
+            return self.patched(layout=layout, **own), self.attach(case.caption, unwanted), empty
+        if method == "vsf padded":
+            node = self.pack["VSFNegativeConditioning"]
+            padded = node.execute(positive=positive, negative=self.encode(unwanted)).result[0]
+            return self.patched(**own), padded, empty
+        if method == "wef":
+            flipped = -own["scale"] * self.encode(unwanted)[0][0]
+            return model, [[torch.cat([tokens, flipped], 1), options] for tokens, options in positive], empty
+        rules = {
+            "nag": baselines.nag,
+            "nasa": baselines.nasa,
+            "vsf no mask": baselines.vsf_without_mask,
+            "vsf no duplication": baselines.vsf_without_duplication,
+        }
+        (carried,) = self.attach(case.caption, unwanted)[0][1]["vsf_negatives"]  # trimmed as the pack trims
+        return baselines.patched(model, rules[method](**own), carried.tokens), positive, empty
+
+    def _sample(
+        self, model: Any, positive: list, negative: list, seeds: Sequence[int], steps: int, cfg: float
+    ) -> Tensor:
+        import comfy.sample
+
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise = torch.stack([torch.randn(16, 32, 32, generator=g) for g in generators])
+        start = torch.zeros_like(noise)
+        return comfy.sample.sample(
+            model, noise, steps, cfg, "euler", "simple", positive, negative, start, disable_pbar=True, seed=seeds[0]
+        )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per picture: positive (the object is there), negative (the part is gone), quality (share of plausible pixels)."""
+
+    positive: list[int]
+    negative: list[int]
+    quality: list[float]
+
+
+def score(pictures: np.ndarray, case: Case) -> Scores:
+    import world
+
+    found = world.detect(pictures, case.thing, case.style)
+    gone = ~found.parts[case.part]
+    quality = [round(float(share), 4) for share in found.quality]
+    return Scores(found.body.astype(int).tolist(), gone.astype(int).tolist(), quality)

@@ -1,0 +1,54 @@
+"""What the evaluation makes of its records."""
+
+import numpy as np
+import quality
+
+
+def records(method, positive, negative, split="validation", good=0.97, **settings):
+    """Two pairs of ten pictures each."""
+    scores = {"positive_scores": positive, "negative_scores": negative, "quality_scores": good}
+    return [
+        {
+            **{"family": "sd3", "split": split, "method": method, "settings": settings},
+            **{"thing": thing, "part": "p", "seeds": list(range(10))},
+            **{name: [share] * 10 for name, share in scores.items()},
+        }
+        for thing in ("a", "b")
+    ]
+
+
+def test_rows_have_means_intervals_and_counts():
+    (row,) = quality.summarise(records("vsf", 1.0, 0.4, scale=2.0))
+    assert row["images"] == 20
+    assert row["positive"] == 1.0
+    assert abs(row["negative"] - 0.4) < 1e-9
+    assert row["settings"] == {"scale": 2.0}
+
+
+def test_bootstrap_covers_the_mean_and_narrows_with_more_pairs():
+    rng = np.random.default_rng(0)
+    few, many = ((rng.random((n, 8)) < 0.6).astype(float) for n in (4, 40))
+    (low, high), (low_many, high_many) = quality.bootstrap(few), quality.bootstrap(many)
+    assert low < few.mean() < high
+    assert high_many - low_many < high - low
+
+
+def test_the_setting_is_chosen_on_validation_pairs_within_bounds():
+    rows = quality.summarise(
+        records("none", 1.0, 0.1)
+        + records("vsf", 1.0, 0.6, scale=1.0)
+        + records("vsf", 0.92, 0.8, scale=2.0)
+        + records("vsf", 0.80, 0.99, scale=3.0)  # loses the object
+        + records("vsf", 1.0, 0.99, good=0.7, scale=4.0)  # loses the picture
+        + records("vsf", 1.0, 1.0, split="test", scale=5.0)
+        + records("nag", 1.0, 1.0, scale=6.0)
+    )
+    assert quality.choose(rows) == {"scale": 2.0}
+    assert "scale 2 (chosen)" in quality.table(rows, {"scale": 2.0})
+
+
+def test_every_job_is_asked_for_once():
+    for split in ("validation", "test"):
+        jobs = [(job.method, tuple(job.settings.items())) for job in quality.all_jobs(split, quick=False)]
+        assert len(jobs) == len(set(jobs))
+    assert quality.all_jobs("test", quick=True)

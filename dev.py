@@ -150,7 +150,7 @@ def selects_tests(arguments: list[str]) -> bool:
 def lint(python: Path) -> int:
     """Runs ruff and the type checker as pyproject.toml configures them; always both, to show everything."""
     status = 0
-    for name, arguments in (("ruff", ["check", "."]), ("basedpyright", [])):
+    for name, arguments in (("ruff", ["check", "."]), ("basedpyright", ["--pythonpath", str(python)])):
         print(f"== {name} {' '.join(arguments)}".rstrip(), flush=True)
         status = process.run([str(python), "-m", name, *arguments], cwd=str(ROOT)) or status
     return status

@@ -39,7 +39,9 @@ def merge_negative_(
     over [K+, K-] with values [V+, -alpha V-], to the last rounding (the paper's Appendix B). alpha = -1 is a plain
     softmax over both.
     """
-    flipped = v_neg * (-alpha[:, None].to(v_neg.dtype) if isinstance(alpha, Tensor) else -alpha)
+    if isinstance(alpha, Tensor):
+        alpha = alpha[:, None].to(v_neg.dtype)
+    flipped = v_neg * -alpha
     bias = bias[:, None]
     # A bias that is the same for all negative keys moves out of their softmax: lse- = lse(q K-^T) - beta.
     merge_rows = _merge_uniform_ if bias.shape[-1] == 1 else _merge_per_token_

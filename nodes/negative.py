@@ -1,6 +1,6 @@
 """A negative on its way from its node to the model: in a CONDITIONING entry, then in one step's ``model_conds``."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,14 @@ class Negative:
 def negatives_of(entry: dict) -> tuple[Negative, ...]:
     """The negatives that a CONDITIONING entry's dict carries."""
     return entry.get(KEY, ())
+
+
+def _spans(negatives: Sequence[Negative]) -> Iterator[tuple[Negative, slice]]:
+    """Each negative with the place of its tokens, one after the other."""
+    start = 0
+    for n in negatives:
+        yield n, slice(start, start + n.tokens.shape[1])
+        start += n.tokens.shape[1]
 
 
 def count_tokens(negatives: Sequence[Negative]) -> int:
@@ -81,12 +89,9 @@ def step_conds(
         tokens = _padded([n.tokens for n in group], length, width).to(latent)
         alpha = torch.zeros(1, length, 1, device=latent.device)
         bias = torch.full((1, 1, length), torch.inf, device=latent.device)
-        start = 0
-        for n in group:
-            end = start + n.tokens.shape[1]
-            alpha[:, start:end] = scale * n.strength
-            bias[..., start:end] = offset
-            start = end
+        for n, span in _spans(group):
+            alpha[:, span] = scale * n.strength
+            bias[..., span] = offset
         conds: dict[str, Any] = {
             "tokens": comfy.conds.CONDRegular(tokens),
             "alpha": comfy.conds.CONDRegular(alpha),
@@ -121,13 +126,10 @@ def _latent_mask(group: Sequence[Negative], length: int, latent: Tensor, _window
     size = latent.shape[-2:]
     batch = max((n.mask.shape[0] for n in group if n.mask is not None), default=1)
     mask = torch.ones(batch, length, *size)
-    start = 0
-    for n in group:
-        end = start + n.tokens.shape[1]
+    for n, span in _spans(group):
         if n.mask is not None:
             small = torch.nn.functional.interpolate(n.mask[:, None].float(), size=size, mode="area")
-            mask[:, start:end] = comfy.utils.repeat_to_batch_size(small, batch)
-        start = end
+            mask[:, span] = comfy.utils.repeat_to_batch_size(small, batch)
     return mask.to(latent.device)
 
 
@@ -141,14 +143,11 @@ def _video_mask(
     size = latent.shape[-2:]
     frames, shown = window or (latent.shape[2], range(latent.shape[2]))
     mask = torch.ones(1, length, frames, *size)
-    start = 0
-    for n in group:
-        end = start + n.tokens.shape[1]
+    for n, span in _spans(group):
         if n.mask is not None:
             small = torch.nn.functional.interpolate(n.mask[None, None].float(), size=(frames, *size), mode="area")
-            mask[:, start:end] = small
+            mask[:, span] = small
         for frame in range(frames):
             if not n.frames[0] <= (frame + 0.5) / frames < n.frames[1]:  # by the frame's middle
-                mask[:, start:end, frame] = 0.0
-        start = end
+                mask[:, span, frame] = 0.0
     return mask[:, :, list(shown)].to(latent.device)

@@ -178,8 +178,12 @@ class VSFPatch:
                     f"({self.family.title}) takes {width}. Encode it with this model's own text encoder."
                 )
 
+    @property
+    def _released(self) -> Released | None:
+        return self.family.released if self.settings.layout == "released" else None
+
     def _mixes_pooled(self) -> bool:
-        return self.settings.layout == "released" and self.family.released.pooled is not None
+        return self._released is not None and self._released.pooled is not None
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -188,8 +192,8 @@ class VSFPatch:
     ) -> Any:
         run: Run | None = model_options.get("transformer_options", {}).get(RUN_KEY)
         if run is not None:
-            window = _context_window(run, x_in, model_options)
-            added = self._additions(run, conds, x_in, timestep, window) if self._in_window(model, timestep) else {}
+            in_window = self._in_window(model, timestep)
+            added = self._additions(run, conds, x_in, timestep, model_options) if in_window else {}
             conds = [branch and [_with_model_conds(entry, added) for entry in branch] for branch in conds]
         return executor(model, conds, x_in, timestep, model_options)
 
@@ -202,14 +206,13 @@ class VSFPatch:
             or (end < 1 and sigma < sampling.percent_to_sigma(end))
         )
 
-    def _additions(
-        self, run: Run, conds: list, x_in: Tensor, timestep: Tensor, window: tuple[int, tuple[int, ...]] | None
-    ) -> dict[int, dict]:
+    def _additions(self, run: Run, conds: list, x_in: Tensor, timestep: Tensor, model_options: dict) -> dict[int, dict]:
         """What each entry (by id) that runs in this step gains in ``model_conds``; nothing if none has a negative."""
         entries = [entry for branch in conds if branch for entry in branch if _is_active(entry, timestep)]
         groups: list[tuple[Negative, ...]] = [entry["model_conds"].get(KEY, ()) for entry in entries]
         if not any(groups):
             return {}
+        window = _context_window(run, x_in, model_options)
         key = (tuple(map(id, groups)), x_in.shape, x_in.device, window)
         if key not in run.cache:  # groups are kept with the result, so that their ids stay theirs
             s, pooled = self.settings, self._mixes_pooled()
@@ -239,26 +242,24 @@ class VSFPatch:
             ours = self._unmistakable(ours, x, c_crossattn.shape[1], kwargs)
         tokens = ours["tokens"].to(c_crossattn)
         dtype = executor.class_obj.get_dtype_inference()
-        forward = self._forward(run, ours, x, kwargs, dtype, diffusion_model)
         # N0 goes before P: text has no order here, and what is left of the sequence is then one contiguous view.
-        copy = [tokens] if forward.released is not None and forward.released.copy else []
+        copy = [tokens] if self._released is not None and self._released.copy else []
         context = torch.cat([tokens, c_crossattn, *copy], dim=1)
+        forward = self._forward(run, ours, context.shape[1], x, kwargs, dtype, diffusion_model)
         if kwargs.get("attention_mask") is not None:
             kwargs["attention_mask"] = _grown_mask(kwargs["attention_mask"], tokens.shape[1])
         if "pooled" in ours:
             kwargs["y"] = _mixed_pooled(kwargs["y"], ours["pooled"][:, 0], self.family.released.pooled)
-        forward.text = context.shape[1]
         options = self._patched_options(transformer_options, forward)
         result = executor(x, t, c_concat, context, control, options, **kwargs)
         self._check_reached(run, forward, compiled=diffusion_model is not executor.class_obj.diffusion_model)
         return result
 
     def _forward(
-        self, run: Run, ours: dict, latent: Tensor, conds: dict, dtype: torch.dtype, diffusion_model: Any
+        self, run: Run, ours: dict, text: int, latent: Tensor, conds: dict, dtype: torch.dtype, diffusion_model: Any
     ) -> Forward:
         bias, length = ours["bias"].float(), ours["tokens"].shape[1]
         is_padding = torch.isinf(bias[:, 0])
-        released = self.family.released if self.settings.layout == "released" else None
         return Forward(
             family=self.family,
             run=run,
@@ -266,10 +267,10 @@ class VSFPatch:
             alpha=ours["alpha"].float(),
             bias=self._image_bias(bias, ours.get("mask"), latent, self.family.reference_tokens(conds)),
             padding=is_padding if is_padding.shape[1] > 1 else None,
-            released=released,
-            hidden=is_padding.expand(-1, length) if released is not None and ours["mixed"] else None,
+            released=self._released,
+            hidden=is_padding.expand(-1, length) if self._released is not None and ours["mixed"] else None,
             attend=lse_attention(latent.device, dtype, self.family.head_dim(diffusion_model)),
-            text=0,
+            text=text,
             reached=torch.zeros(len(run.blocks), dtype=torch.int32),
         )
 

@@ -1,10 +1,8 @@
 """A real ComfyUI in this process: its tree first on sys.path, on the CPU, with the pack loaded by its own loader."""
 
-import asyncio
 import logging
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, os.environ["VSF_COMFYUI"])
 sys.path.insert(1, str(ROOT / "tests" / "toy"))
 sys.path.insert(2, str(ROOT / "tests" / "host"))
+sys.path.append(str(ROOT / "tests"))
 
 from comfy.cli_args import args  # noqa: E402
 
@@ -21,6 +20,7 @@ args.cpu = True
 args.use_pytorch_cross_attention = True
 
 import comfy.model_management  # noqa: E402, F401
+from hosting.client import run_in_thread  # noqa: E402
 
 import nodes  # noqa: E402
 
@@ -30,8 +30,7 @@ def pack() -> SimpleNamespace:
     """The pack's two nodes, as ComfyUI registered them."""
     logging.getLogger().setLevel(logging.INFO)
     # in a thread of its own: the browser tests' driver may keep an event loop running in this one
-    with ThreadPoolExecutor(1) as thread:
-        assert thread.submit(asyncio.run, nodes.load_custom_node(str(ROOT))).result()
+    assert run_in_thread(nodes.load_custom_node(str(ROOT)))
     mapping = nodes.NODE_CLASS_MAPPINGS
     return SimpleNamespace(
         module=sys.modules[mapping["VSFModelPatch"].__module__.rsplit(".nodes", 1)[0]],

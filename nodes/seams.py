@@ -239,7 +239,7 @@ class VSFPatch:
         diffusion_model = _unwrapped(executor.class_obj.diffusion_model)
         run: Run = transformer_options[RUN_KEY]
         if self.family.cross:
-            ours = self._unmistakable(ours, x, c_crossattn.shape[1], kwargs)
+            ours = self._unmistakable(ours, x, c_crossattn.shape[1], kwargs, diffusion_model)
         tokens = ours["tokens"].to(c_crossattn)
         dtype = executor.class_obj.get_dtype_inference()
         # N0 goes before P: text has no order here, and what is left of the sequence is then one contiguous view.
@@ -265,7 +265,7 @@ class VSFPatch:
             run=run,
             tokens=length,
             alpha=ours["alpha"].float(),
-            bias=self._image_bias(bias, ours.get("mask"), latent, self.family.reference_tokens(conds)),
+            bias=self._image_bias(bias, ours.get("mask"), latent, self.family.reference_tokens(conds, diffusion_model)),
             padding=is_padding if is_padding.shape[1] > 1 else None,
             released=self._released,
             hidden=is_padding.expand(-1, length) if self._released is not None and ours["mixed"] else None,
@@ -286,13 +286,13 @@ class VSFPatch:
         # -log m: a soft mask scales the negative's attention weight by m; outside (m = 0) it is +inf, exactly
         return bias - torch.log(torch.cat([before, inside, after], dim=1))
 
-    def _unmistakable(self, ours: dict, latent: Tensor, positive: int, conds: dict) -> dict:
+    def _unmistakable(self, ours: dict, latent: Tensor, positive: int, conds: dict, diffusion_model: Any) -> dict:
         """``ours`` with N padded until no other attention of the model has as many keys as the text stream.
 
         In cross-attention models a call is known by its number of keys alone: the video's own tokens (self-attention)
         and CLIP-vision tokens must not count the same.
         """
-        before, after = self.family.reference_tokens(conds)
+        before, after = self.family.reference_tokens(conds, diffusion_model)
         video = self.family.grid(latent)
         taken = {video, video + before, video + after, video + before + after}
         if conds.get("clip_fea") is not None:

@@ -58,7 +58,7 @@ class Family(ABC):
     def layout(self, kind: str, args: Mapping[str, Any], negative: int) -> TokenLayout:
         """The joint sequence inside a block of type ``kind``, from the arguments ComfyUI hands to a block patch."""
 
-    def reference_tokens(self, conds: Mapping[str, Any]) -> tuple[int, int]:
+    def reference_tokens(self, conds: Mapping[str, Any], diffusion_model: Any) -> tuple[int, int]:
         """How many tokens of reference images the model puts before and after the image's, from its conds."""
         return 0, 0
 

@@ -27,8 +27,8 @@ class Wan(Family):
     def layout(self, kind: str, args: Mapping[str, Any], negative: int) -> TokenLayout:
         raise NotImplementedError("Wan has no joint sequence")
 
-    def reference_tokens(self, conds: Mapping[str, Any]) -> tuple[int, int]:
-        first = conds.get("reference_latent")
+    def reference_tokens(self, conds: Mapping[str, Any], diffusion_model: Any) -> tuple[int, int]:
+        first = conds.get("reference_latent") if diffusion_model.ref_conv is not None else None  # Fun control has it
         after = [conds.get("time_dim_concat"), *(conds.get("context_latents") or ())]
         before = 0 if first is None else self.grid(first)
         return before, sum(self.grid(latent) for latent in after if latent is not None)

@@ -1,8 +1,9 @@
-"""Other ways to use a negative at cfg 1, and VSF's ablations, on the pack's hooks, for SD3's joint attention.
+"""Other ways to use a negative at cfg 1, and VSF's ablations, on the pack's hooks.
 
-A rule sees one joint attention over [N, P, I] (negative text, positive text, image) and returns its result. Formulas of
-NAG and NASA: Normalized Attention Guidance, and Negative-Aware Self-Attention, per token and before the output
-projection, for image tokens only. The negative's own stream reads the image and itself, as it would in a second pass.
+A rule sees one attention call over text: joint over [N, P, I] (negative text, positive text, image), or in Wan the
+image's queries over [N, P]. Formulas of NAG and NASA: Normalized Attention Guidance, and Negative-Aware
+Self-Attention, per token and before the output projection, for image tokens only. The negative's own stream reads the
+image and itself, as it would in a second pass.
 """
 
 from collections.abc import Callable
@@ -15,14 +16,15 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Joint:
-    """q, k, v [B, H, L, D] of the sequence [N, P, I]; the lengths of N and P."""
+class Call:
+    """q, k, v [B, H, L, D] and the lengths of N and P. cross: q holds the image alone, k and v the text alone."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     negative: int
     positive: int
+    cross: bool = False
 
     @property
     def n(self) -> slice:
@@ -34,7 +36,7 @@ class Joint:
 
     @property
     def i(self) -> slice:
-        return slice(self.negative + self.positive, self.q.shape[2])
+        return slice(self.negative + self.positive, self.k.shape[2])
 
     def attend(self, query: slice, *keys: slice) -> Tensor:
         """Plain attention of one group on others, [B, H, Lq, D]."""
@@ -42,16 +44,18 @@ class Joint:
         return F.scaled_dot_product_attention(self.q[:, :, query], k, v)
 
 
-Rule = Callable[[Joint], Tensor]
+Rule = Callable[[Call], Tensor]
 
 
 def guided(combine: Callable[[Tensor, Tensor], Tensor]) -> Rule:
     """A rule that steers the image's result by what it would be with N in P's place: ``combine(Z+, Z-)``."""
 
-    def rule(joint: Joint) -> Tensor:
-        n, p, i = joint.n, joint.p, joint.i
-        image = combine(joint.attend(i, p, i), joint.attend(i, n, i))
-        return torch.cat([joint.attend(n, n, i), joint.attend(p, p, i), image], dim=2)
+    def rule(call: Call) -> Tensor:
+        n, p, i = call.n, call.p, call.i
+        queries = slice(None) if call.cross else i
+        image = combine(call.attend(queries, p, i), call.attend(queries, n, i))
+        text = [] if call.cross else [call.attend(n, n, i), call.attend(p, p, i)]
+        return torch.cat([*text, image], dim=2)
 
     return rule
 
@@ -79,12 +83,12 @@ def nasa(phi: float) -> Rule:
 def vsf_without_mask(scale: float, offset: float) -> Rule:
     """VSF's duplication, but everyone attends to everyone: [N, P, I] and, as keys only, the flipped N."""
 
-    def rule(joint: Joint) -> Tensor:
-        k = torch.cat([joint.k, joint.k[:, :, joint.n]], dim=2)
-        v = torch.cat([joint.v, -scale * joint.v[:, :, joint.n]], dim=2)
+    def rule(call: Call) -> Tensor:
+        k = torch.cat([call.k, call.k[:, :, call.n]], dim=2)
+        v = torch.cat([call.v, -scale * call.v[:, :, call.n]], dim=2)
         mask = torch.zeros(k.shape[2], dtype=k.dtype, device=k.device)
-        mask[-joint.negative :] = -offset
-        return F.scaled_dot_product_attention(joint.q, k, v, attn_mask=mask.expand(joint.q.shape[2], -1))
+        mask[-call.negative :] = -offset
+        return F.scaled_dot_product_attention(call.q, k, v, attn_mask=mask.expand(call.q.shape[2], -1))
 
     return rule
 
@@ -92,15 +96,15 @@ def vsf_without_mask(scale: float, offset: float) -> Rule:
 def vsf_without_duplication(scale: float) -> Rule:
     """N's values flipped in place, and no mask: N and P see the flipped values too."""
 
-    def rule(joint: Joint) -> Tensor:
-        v = torch.cat([-scale * joint.v[:, :, joint.n], joint.v[:, :, joint.n.stop :]], dim=2)
-        return F.scaled_dot_product_attention(joint.q, joint.k, v)
+    def rule(call: Call) -> Tensor:
+        v = torch.cat([-scale * call.v[:, :, call.n], call.v[:, :, call.n.stop :]], dim=2)
+        return F.scaled_dot_product_attention(call.q, call.k, v)
 
     return rule
 
 
 def patched(model: Any, rule: Rule, tokens: Tensor) -> Any:
-    """A clone of a ComfyUI SD3 model that sees ``tokens`` [1, n, C] through ``rule``. For cfg 1."""
+    """A clone of a ComfyUI model (SD3, Flux, Wan) that sees ``tokens`` [1, n, C] through ``rule``. For cfg 1."""
     import comfy.patcher_extension
 
     def apply_model(
@@ -115,21 +119,26 @@ def patched(model: Any, rule: Rule, tokens: Tensor) -> Any:
     ) -> Tensor:
         assert c_crossattn is not None
         context = torch.cat([tokens.to(c_crossattn).expand(len(x), -1, -1), c_crossattn], dim=1)
-        blocks = len(executor.class_obj.diffusion_model.joint_blocks)
         replace = transformer_options.get("patches_replace", {})
-        dit = {**replace.get("dit", {}), **{("double_block", k): run_block for k in range(blocks)}}
+        dit = {**replace.get("dit", {}), **dict.fromkeys(_blocks(executor.class_obj.diffusion_model), run_block)}
         options = {**transformer_options, "patches_replace": {**replace, "dit": dit}}
         return executor(x, t, c_concat, context, control, options, **kwargs)
 
+    cross = hasattr(model.model.diffusion_model, "patch_embedding")  # Wan
+
     def run_block(args: dict, extra: dict) -> dict:
-        positive = args["txt"].shape[1] - tokens.shape[1]
-        length = args["txt"].shape[1] + args["img"].shape[1]
+        text = args["txt"].shape[1] if "txt" in args else args["transformer_options"]["img_slice"][0]
+        image = args["img"].shape[1] - (0 if "txt" in args else text)
+        length = text if cross else text + image
 
         def override(func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *a: Any, **kw: Any) -> Tensor:
-            if q.shape[1] != length:  # SD3.5 Medium's second attention, on the image alone
+            split = kw.get("skip_reshape", False)
+            if k.shape[2 if split else 1] != length:  # SD3.5 Medium's second attention, Wan's self-attention
                 return func(q, k, v, heads, *a, **kw)
-            q, k, v = (t.reshape(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k, v))
-            return rule(Joint(q, k, v, tokens.shape[1], positive)).transpose(1, 2).flatten(2)
+            if not split:
+                q, k, v = (t.reshape(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k, v))
+            call = Call(q, k, v, tokens.shape[1], text - tokens.shape[1], cross)
+            return rule(call).transpose(1, 2).flatten(2)
 
         options = {**args["transformer_options"], "optimized_attention_override": override}
         return extra["original_block"]({**args, "transformer_options": options})
@@ -137,3 +146,10 @@ def patched(model: Any, rule: Rule, tokens: Tensor) -> Any:
     clone = model.clone()
     clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, "baseline", apply_model)
     return clone
+
+
+def _blocks(diffusion_model: Any) -> list[tuple[str, int]]:
+    """The keys in ``patches_replace["dit"]`` of the model's blocks."""
+    lists = {"joint_blocks": "double", "double_blocks": "double", "single_blocks": "single", "blocks": "double"}
+    found = ((kind, getattr(diffusion_model, name, ())) for name, kind in lists.items())
+    return [(f"{kind}_block", k) for kind, blocks in found for k in range(len(blocks))]

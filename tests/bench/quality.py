@@ -49,22 +49,20 @@ SCALES = (0.5, 1.0, 2.0, 3.3, 5.0, 8.0, 12.0)
 OFFSETS = (-1.2, -0.6, 0.0, 0.5, 1.0, 2.0)
 
 
-def all_jobs(split: str, quick: bool) -> list[Job]:
+def all_jobs(family: str, split: str, quick: bool) -> list[Job]:
     """What to run. On validation pairs only what is chosen there."""
     if quick:
         some = [*sweep("vsf", "scale", SCALES[1::2], offset=0.2), Job("vsf", {"scale": 3.3, "offset": 1.0})]
         others = [Job("cfg", {"cfg": 3.0}), Job("nag", {"phi": 11, "blend": 0.5, "tau": 5}), Job("nasa", {"phi": 0.4})]
         return [Job("none", {}), *some, *others] if split == "test" else []
     ours = [
+        Job("none", {}),
         *sweep("vsf", "scale", SCALES, offset=0.2),
         *(Job("vsf", {"scale": 3.3, "offset": offset}) for offset in OFFSETS),
     ]
     if split == "validation":
-        return [Job("none", {}), *ours]
-    return [
-        Job("none", {}),
-        *ours,
-        *sweep("vsf released", "scale", (3.3, 5.0, 8.0, 12.0), offset=0.2),
+        return ours
+    others = [
         *sweep("cfg", "cfg", (2.0, 3.0, 4.0), steps=8),
         *sweep("cfg", "cfg", (2.0, 4.0), steps=28),
         Job("nag", {"phi": 4, "blend": 0.125, "tau": 2.5}),
@@ -75,6 +73,13 @@ def all_jobs(split: str, quick: bool) -> list[Job]:
         *sweep("nasa", "phi", (0.15, 0.25, 0.4, 0.5, 0.8)),
         *sweep("wef", "scale", (0.5, 1.0, 2.0)),
         *sweep("vsf padded", "scale", (0.5, 1.0, 3.3), offset=0.2),
+    ]
+    if family == "wan":  # Eq. 9 has neither a mask nor a duplicate, in the released pipeline too
+        return [*ours, *others]
+    return [
+        *ours,
+        *others,
+        *sweep("vsf released", "scale", (3.3, 5.0, 8.0, 12.0), offset=0.2),
         *sweep("vsf no mask", "scale", (2.0, 3.3, 8.0), offset=0.2),
         *sweep("vsf no duplication", "scale", (1.0, 3.3, 8.0)),
     ]
@@ -83,12 +88,12 @@ def all_jobs(split: str, quick: bool) -> list[Job]:
 # -- sampling ---------------------------------------------------------------------------------------------------------
 
 
-def sample_all(toy: Toy, family: str, weights: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All results: those on disk, and what was missing. One record a job and case."""
+def sample_all(toy: Toy, weights: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A family's results: those on disk, and what was missing. One record a job and case."""
     import world
     from tqdm import tqdm
 
-    path = options.out / "results.jsonl"
+    family, path = toy.family, options.out / "results.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {key_of(record): record for record in records}
     if options.report:
@@ -98,7 +103,7 @@ def sample_all(toy: Toy, family: str, weights: str, options: argparse.Namespace)
     for split, things in (("validation", world.VALIDATION), ("test", world.TEST)):
         if options.split not in (split, "both"):
             continue
-        for job in all_jobs(split, options.quick):
+        for job in all_jobs(family, split, options.quick):
             if options.methods and job.method not in options.methods:
                 continue
             wanted += [(split, job, case) for case in cases(world.pairs(things), prompts)]
@@ -234,9 +239,14 @@ def draw_contact_sheet(toy: Toy, chosen: Settings | None, out: Path) -> None:
     rows = {}
     for case in cases(world.pairs(world.TEST), 1):
         rows[f'"{case.caption}", not "{case.negative}"'] = [
-            toy.pictures(case, method, settings, seeds) for method, settings in columns.values()
+            stills(toy.pictures(case, method, settings, seeds)) for method, settings in columns.values()
         ]
     contact_sheet(out / "contact-sheet.png", list(columns), rows)
+
+
+def stills(pictures: np.ndarray) -> np.ndarray:
+    """Pictures as they are; of each clip its first and last frame."""
+    return pictures if pictures.ndim == 4 else np.concatenate([pictures[:1, :, 0], pictures[:1, :, -1]])
 
 
 def parse() -> argparse.Namespace:
@@ -244,8 +254,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a few settings and pictures; under 5 minutes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     parser.add_argument("--out", type=Path, default=Path("bench-output/quality"), metavar="DIR")
-    parser.add_argument("--family", choices=["sd3"], default="sd3")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="default: the shipped ones")
+    parser.add_argument("--family", nargs="+", choices=sampling.FAMILIES, default=list(sampling.FAMILIES))
+    parser.add_argument("--weights", type=Path, metavar="FOLDER", default=WEIGHTS, help="default: the shipped ones")
     parser.add_argument("--report", action="store_true", help="sample nothing; report on what is on disk")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help='only these, e.g. none vsf "vsf released"')
     parser.add_argument("--split", choices=["validation", "test", "both"], default="both")
@@ -258,20 +268,23 @@ def main() -> None:
     options = parse()
     open_comfyui()
     torch.set_num_threads(options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.weights or WEIGHTS / f"{options.family}.safetensors"
-    toy = Toy(path)
-    fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-    rows = summarise(sample_all(toy, options.family, fingerprint, options))
-    chosen = choose(rows)
-    text = table(rows, chosen)
-    (options.out / "table.md").write_text(text + "\n")
-    draw_charts(rows, options.out, options.family)
-    draw_contact_sheet(toy, chosen, options.out)
+    rows = []
+    for family in options.family:
+        out = options.out / family
+        out.mkdir(parents=True, exist_ok=True)
+        path = options.weights / f"{family}.safetensors"
+        toy = Toy(family, path)
+        fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        family_rows = summarise(sample_all(toy, fingerprint, options))
+        chosen = choose(family_rows)
+        text = table(family_rows, chosen)
+        (out / "table.md").write_text(text + "\n")
+        draw_charts(family_rows, out, family)
+        draw_contact_sheet(toy, chosen, out)
+        print(f"{text}\n\n{family}: VSF's setting, chosen on validation pairs: {chosen}; charts: {out}", flush=True)
+        rows += family_rows
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
-    print(text)
-    print(f"\nVSF's setting, chosen on validation pairs: {chosen}\ncharts and contact sheet: {options.out}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """The toy model in a real ComfyUI in this process, and every method of using a negative with it."""
 
-import asyncio
+import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from hosting.client import run_in_thread
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,15 +54,20 @@ def cases(pairs: Sequence[tuple[str, str]], prompts: int = len(PROMPTS)) -> list
     return [Case(o, p, text.format(o), style) for o, p in pairs for text, style in PROMPTS[:prompts]]
 
 
+FAMILIES = ("sd3", "flux", "wan")
+FRAMES = 4
+"""Latent frames of Wan's clips, as it was trained."""
+
+
 class Toy:
     """A trained toy model of one family, its text encoder and the pack's nodes."""
 
-    def __init__(self, weights: Path) -> None:
+    def __init__(self, family: str, weights: Path | None = None) -> None:
         import captions
-        import comfy.sd
 
-        self.model = comfy.sd.load_diffusion_model(str(weights), model_options={"dtype": torch.float32})
-        self.clip = captions.load_clip()
+        self.family = family
+        self.model = with_shift(family, load(weights or WEIGHTS / f"{family}.safetensors"))
+        self.clip = captions.load_clip(family)
         self.encode, self.attach = cache(self._encode), cache(self._attach)
 
     def _encode(self, text: str) -> list:
@@ -77,7 +83,7 @@ class Toy:
         """The pack's node classes, as ComfyUI's own loader registered them."""
         import nodes
 
-        if "VSFModelPatch" not in nodes.NODE_CLASS_MAPPINGS and not asyncio.run(nodes.load_custom_node(str(ROOT))):
+        if "VSFModelPatch" not in nodes.NODE_CLASS_MAPPINGS and not run_in_thread(nodes.load_custom_node(str(ROOT))):
             raise RuntimeError("the pack does not load")
         return nodes.NODE_CLASS_MAPPINGS
 
@@ -86,13 +92,14 @@ class Toy:
         return self.pack["VSFModelPatch"].execute(model=self.model, **settings).result[0]
 
     def pictures(self, case: Case, method: str, settings: Mapping[str, Any], seeds: Sequence[int]) -> np.ndarray:
-        """Samples [n, 3, 32, 32] in 0..1, one a seed, through ComfyUI's sampler."""
+        """Samples [n, 3, 32, 32] (Wan: clips [n, 3, frames, 32, 32]) in 0..1, one a seed, through ComfyUI's sampler."""
         import codec
 
         run = {"steps": 8, "cfg": 1.0, **settings}
         model, positive, negative = self._prepare(case, method, settings)
         latents = self._sample(model, positive, negative, seeds, run["steps"], run["cfg"])
-        return codec.decode(self.model.model.latent_format.process_in(latents)).numpy()
+        decode = codec.decode_wan if self.family == "wan" else codec.decode
+        return decode(self.model.model.latent_format.process_in(latents)).numpy()
 
     def _prepare(self, case: Case, method: str, settings: Mapping[str, Any]) -> tuple[Any, list, list]:
         import baselines
@@ -114,7 +121,7 @@ class Toy:
         if method == "wef":
             flipped = -own["scale"] * self.encode(unwanted)[0][0]
             return model, [[torch.cat([tokens, flipped], 1), options] for tokens, options in positive], empty
-        rules = {
+        rules: dict[str, Callable[..., baselines.Rule]] = {
             "nag": baselines.nag,
             "nasa": baselines.nasa,
             "vsf no mask": baselines.vsf_without_mask,
@@ -129,11 +136,32 @@ class Toy:
         import comfy.sample
 
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        noise = torch.stack([torch.randn(16, 32, 32, generator=g) for g in generators])
+        frames = (FRAMES,) if self.family == "wan" else ()
+        noise = torch.stack([torch.randn(16, *frames, 32, 32, generator=g) for g in generators])
         start = torch.zeros_like(noise)
         return comfy.sample.sample(
             model, noise, steps, cfg, "euler", "simple", positive, negative, start, disable_pbar=True, seed=seeds[0]
         )
+
+
+def load(path: Path) -> Any:
+    """A file of trained weights through ComfyUI's own model loader, in fp32."""
+    import comfy.sd
+    import tiny
+    from safetensors.torch import load_file
+
+    state = tiny.unpacked(load_file(path))
+    return comfy.sd.load_diffusion_model_state_dict(state, model_options={"dtype": torch.float32})
+
+
+def with_shift(family: str, model: Any) -> Any:
+    """The model with the sigma shift of 3 that it was trained at, by ComfyUI's nodes; SD3's is that already."""
+    from comfy_extras import nodes_model_advanced
+
+    if family == "flux":  # this node takes the logarithm
+        patch = nodes_model_advanced.ModelSamplingFlux().patch
+        return patch(model, max_shift=math.log(3), base_shift=math.log(3), width=256, height=256)[0]
+    return nodes_model_advanced.ModelSamplingSD3().patch(model, shift=3.0)[0] if family == "wan" else model
 
 
 @dataclass(frozen=True)

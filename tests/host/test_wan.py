@@ -7,7 +7,9 @@ import torch
 from helpers import conditioning, load_wan, relative, sample, spy_override, text, with_override
 from oracle import Expect, oracle_model
 
-KINDS = ("t2v", "i2v", "vace", "5b")
+KINDS = ("t2v", "i2v", "vace", "5b", "control", "camera", "camera_2.2")
+EVEN_ALONE = ("vace", "control")
+"""Stock ComfyUI itself takes even latent sizes alone."""
 BLOCKS = 3
 WIDTH = 4096
 
@@ -27,9 +29,19 @@ def clip_vision(tokens=257, seed=9):
     return SimpleNamespace(penultimate_hidden_states=torch.randn(1, tokens, 1280, generator=g))
 
 
-def prompt(kind="t2v", seed=1, length=13, **options):
-    if kind == "i2v":
+def latents(frames, height, width, seed=11):
+    return torch.randn(1, 16, frames, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def prompt(kind="t2v", seed=1, length=13, size=(3, 8, 10), **options):
+    if kind in ("i2v", "control", "camera"):
         options = {"clip_vision_output": clip_vision(), **options}
+    if kind == "control":
+        options = {"reference_latents": [latents(1, *size[1:])], **options}
+    if kind.startswith("camera"):
+        pixels = [16 * -(-side // 2) for side in size[1:]]
+        rays = torch.randn(1, 24, size[0], *pixels, generator=torch.Generator().manual_seed(8))
+        options = {"camera_conditions": rays, **options}
     return conditioning(length, seed, WIDTH, **options)
 
 
@@ -48,12 +60,13 @@ def both(pack, model, kind="t2v", n=5, positive=None, alpha=1.9, beta=0.2, patch
 @pytest.mark.parametrize(("n", "batch", "cfg"), [(1, 1, 1.0), (40, 2, 1.0), (5, 2, 2.5)])
 @pytest.mark.parametrize("size", [(1, 8, 10), (3, 7, 9), (9, 4, 6)], ids=["image", "odd", "nine"])
 def test_parity(pack, models, kind, n, batch, cfg, size):
-    if kind == "vace":  # stock VACE itself takes even sizes alone
+    if kind in EVEN_ALONE:
         size = (size[0], 6, 10)
-    result, expected = both(pack, models[kind], kind, n=n, batch=batch, cfg=cfg, size=size)
+    positive = prompt(kind, size=size)
+    result, expected = both(pack, models[kind], kind, n=n, positive=positive, batch=batch, cfg=cfg, size=size)
     assert relative(result, expected) <= 1e-5
     channels = 48 if kind == "5b" else 16
-    stock = sample(models[kind], prompt(kind), batch=batch, cfg=cfg, size=size, steps=2, channels=channels)
+    stock = sample(models[kind], positive, batch=batch, cfg=cfg, size=size, steps=2, channels=channels)
     assert relative(stock, expected) > 1e-4
 
 
@@ -108,6 +121,37 @@ def test_mask_and_frame_window(pack, t2v, size, cfg):
     assert relative(result, expected) <= 1e-5
 
 
+REFERENCES = {
+    "before": ("control", {}),
+    "after, in time": ("t2v", {"time_dim_concat": latents(1, 8, 10)}),
+    "after, in context": ("t2v", {"context_latents": [latents(1, 8, 10), latents(2, 6, 8, seed=12)]}),
+    "given to a model that has no place for it": ("t2v", {"reference_latents": [latents(1, 8, 10)]}),
+}
+
+
+@pytest.mark.parametrize("affected", [True, False])
+@pytest.mark.parametrize("case", REFERENCES)
+def test_mask_and_reference_tokens(pack, models, case, affected):
+    """A mask means the video alone; whether reference tokens see the negative is ``affect_references``."""
+    kind, options = REFERENCES[case]
+    inside = torch.zeros(3, 4, 5)
+    inside[:, 1:3, 1:4] = 1.0
+    counts = {"before": (20, 0), "after, in time": (0, 20), "after, in context": (0, 20 + 2 * 12)}.get(case, (0, 0))
+    before, after = (torch.full((count,), float(affected)) for count in counts)
+    keep = torch.cat([before, inside.flatten(), after])[:, None].expand(-1, 5)
+    pixels = inside[:1].repeat_interleave(16, 1).repeat_interleave(16, 2)
+    result, expected = both(
+        pack,
+        models[kind],
+        kind,
+        positive=prompt(kind, **options),
+        patch={"affect_references": affected},
+        node={"mask": pixels},
+        expect={"keep": keep},
+    )
+    assert relative(result, expected) <= 1e-5
+
+
 def test_mask_that_moves(pack, t2v):
     """A MASK batch is a mask per frame, resized to the latent's frames."""
     per_frame = torch.zeros(3, 4, 5)
@@ -129,8 +173,9 @@ def test_neutrality_at_a_large_finite_offset(pack, models, kind, cfg):
     assert relative(sample(with_override(patched, spy_override(seen)), attached, **run), stock) <= 1e-6
     assert relative(sample(patched, attached, **run), stock) <= 1e-6
     per_forward = BLOCKS * (2 if kind == "vace" else 1)
-    # an uncond without CLIP vision runs apart, and stock then shows the text to the image branch as well
-    forwards = 3 * (3 if kind == "i2v" and cfg > 1 else 1)
+    # an uncond without camera rays or CLIP vision runs apart; without CLIP vision its text also meets the image branch
+    apart = 0 if cfg == 1 else 2 if "clip_vision_output" in positive[0][1] else "camera_conditions" in positive[0][1]
+    forwards = 3 * (1 + apart)
     assert seen.count(13 + 40) == per_forward * forwards
 
 

@@ -1,41 +1,153 @@
-"""The captions' embeddings: ComfyUI's tokenizer and its CLIP class over the generated CLIP-L (``tiny.clip_l``)."""
+"""The captions' embeddings, a family each: ComfyUI's tokenizers and text encoder classes with generated weights.
+
+The generated encoders' layers pass their input on, so that an embedding is a token's row of a table. For training,
+``Captions`` reads that table without running the encoder; a test compares the two.
+"""
+
+import io
+import zlib
+from collections.abc import Callable
+from typing import Any
 
 import tiny
 import torch
+import world
 from torch import Tensor
+from torch.nn.functional import layer_norm
 
-LENGTH, WIDTH = 77, 768
+POOLED = 768
+WIDTH = 256
+"""Of the T5 tables; umt5's rows go on with zeros."""
+T5_TOKENS = 40
+"""T5 prompts are padded to this length, not 256 or 512, as ComfyUI's T5TokenizerOptions does: cheaper to train."""
 
 
-def load_clip():
-    """The SD3 text encoder that the stock CLIPLoader makes of the generated CLIP-L."""
+def load_clip(family: str) -> Any:
+    """The family's text encoder, a ``comfy.sd.CLIP``."""
+    return LOADERS[family]()
+
+
+def _sd3() -> Any:
+    """What the stock CLIPLoader makes of the generated CLIP-L."""
     import comfy.sd
 
     return comfy.sd.load_text_encoder_state_dicts([tiny.clip_l()], clip_type=comfy.sd.CLIPType.SD3)
 
 
-class Captions:
-    """Embeds captions as ``load_clip()`` does, but from a table: its layers pass token + position on unchanged."""
+def _flux() -> Any:
+    import comfy.sd
+    import comfy.text_encoders.flux as flux
+    from comfy.supported_models_base import ClipTarget
 
-    def __init__(self) -> None:
-        state = tiny.clip_l()
-        self.tokens = state["text_model.embeddings.token_embedding.weight"].float()
-        self.positions = state["text_model.embeddings.position_embedding.weight"].float()
-        self.tokenizer = load_clip().tokenizer
-        self.ids: dict[str, Tensor] = {}
+    options = {"t5xxl_model_config": tiny.T5_CONFIG}
+    target = ClipTarget(flux.FluxTokenizer, flux.flux_clip())
+    weights = [tiny.clip_l(), tiny.t5(t5_table())]
+    return _padded_less(comfy.sd.CLIP(target, state_dict=weights, model_options=options, parameters=1_000_000))
+
+
+def _wan() -> Any:
+    import comfy.sd
+    import comfy.text_encoders.wan as wan
+    from comfy.supported_models_base import ClipTarget
+
+    table = umt5_table()
+    config = {**tiny.T5_CONFIG, "d_model": table.shape[1], "vocab_size": len(table)}
+    data = {"spiece_model": torch.frombuffer(bytearray(sentencepiece_model()), dtype=torch.uint8)}
+    weights = [tiny.t5(table, umt5=True)]
+    return _padded_less(
+        comfy.sd.CLIP(
+            ClipTarget(wan.WanT5Tokenizer, wan.te()),
+            state_dict=weights,
+            tokenizer_data=data,
+            model_options={"umt5xxl_model_config": config},
+            parameters=1_000_000,
+        )
+    )
+
+
+LOADERS: dict[str, Callable[[], Any]] = {"sd3": _sd3, "flux": _flux, "wan": _wan}
+
+
+def _padded_less(clip: Any) -> Any:
+    for encoder in ("t5xxl", "umt5xxl"):
+        clip.set_tokenizer_option(f"{encoder}_min_length", T5_TOKENS)
+    return clip
+
+
+def t5_table() -> Tensor:
+    """T5's embeddings, [32128, 256]."""
+    return torch.randn(32128, WIDTH, generator=torch.Generator().manual_seed(0)).half().float()
+
+
+def sentencepiece_model() -> bytes:
+    """umt5's tokenizer file for the world's words and no others: each is one piece."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([" ".join(world.words())] * 2),
+        model_writer=model,
+        model_type="word",
+        vocab_size=len(world.words()) + 3,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def umt5_table() -> Tensor:
+    """umt5's embeddings, [pieces, 4096], of which 256 columns are not zero; a row depends on its piece's text alone."""
+    import sentencepiece
+
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
+    table = torch.zeros(pieces.get_piece_size(), 4096)
+    for k in range(len(table)):
+        g = torch.Generator().manual_seed(zlib.crc32(pieces.id_to_piece(k).encode()))
+        table[k, :WIDTH] = torch.randn(WIDTH, generator=g)
+    return table.half().float()
+
+
+class Captions:
+    """Embeds captions as ``load_clip(family)`` does, from its table."""
+
+    def __init__(self, family: str) -> None:
+        self.family = family
+        self.tokenize = load_clip(family).tokenize
+        self.key = {"sd3": "l", "flux": "t5xxl", "wan": "umt5xxl"}[family]
+        clip_l = tiny.clip_l()
+        self.tokens = clip_l["text_model.embeddings.token_embedding.weight"].float()
+        self.positions = clip_l["text_model.embeddings.position_embedding.weight"].float()
+        if family == "flux":
+            self.table = _rms(t5_table())
+        elif family == "wan":
+            self.table = _rms(umt5_table()[:, :WIDTH])
+            self.table[0] = 0.0  # padding
+        self.seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Context [n, 77, 768] and pooled [n, 768]; the real ones are zero beyond these channels."""
-        ids = torch.stack([self._ids(text) for text in texts])
-        context = self.tokens[ids] + self.positions
-        end = (ids == ids[:, -1:]).int().argmax(1)
-        last = context[torch.arange(len(ids)), end]
-        return context, torch.nn.functional.layer_norm(last, (WIDTH,))
+        """Context [n, length, width] (the real one may go on with zeros) and pooled [n, 768] (zero for Wan)."""
+        contexts, pooled = zip(*(self._embed(text) for text in texts), strict=True)
+        return torch.stack(contexts), torch.stack(pooled)
 
-    def _ids(self, text: str) -> Tensor:
-        if text not in self.ids:
-            if len(self.ids) > 100_000:
-                self.ids.clear()
-            (pairs,) = self.tokenizer.tokenize_with_weights(text)["l"]
-            self.ids[text] = torch.tensor([token for token, _ in pairs])
-        return self.ids[text]
+    def _embed(self, text: str) -> tuple[Tensor, Tensor]:
+        if text not in self.seen:
+            if len(self.seen) > 20_000:
+                self.seen.clear()
+            chunks = self.tokenize(text)
+            ids = {key: torch.tensor([token for token, _ in chunk]) for key, (chunk,) in chunks.items()}
+            own = ids[self.key]
+            context = self.tokens[own] + self.positions if self.family == "sd3" else self.table[own]
+            self.seen[text] = context, self._pooled(ids["l"]) if "l" in ids else torch.zeros(POOLED)
+        return self.seen[text]
+
+    def _pooled(self, ids: Tensor) -> Tensor:
+        end = int((ids == 49407).int().argmax())
+        return layer_norm(self.tokens[ids[end]] + self.positions[end], (POOLED,))
+
+
+def _rms(table: Tensor) -> Tensor:
+    return table * torch.rsqrt(table.square().mean(1, keepdim=True) + 1e-6)

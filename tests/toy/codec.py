@@ -19,6 +19,8 @@ GAIN = 6.0
 """Length of the RGB axis 0..1 in a latent before it is bent; gives latents of about unit standard deviation."""
 CLAMP = 3.0
 """TAESD's input is ``tanh(x / 3) * 3``."""
+WAN_GAIN = 4.8
+"""The same for Wan, whose three colours have channels of their own."""
 KNEE = 1.45
 """Where the encoder's two straight lines meet that stand for ``3 artanh(c / 3)``."""
 
@@ -41,6 +43,59 @@ def decode(latents: Tensor) -> Tensor:
     """The sampler's latents [n, 16, h, w] -> pictures [n, 3, h, w] in 0..1."""
     straight = CLAMP * torch.tanh(latents / CLAMP)
     return (torch.einsum("ndhw,cd->nchw", straight, directions()) / GAIN + 0.5).clamp(0, 1)
+
+
+def wan_channels() -> tuple[Tensor, Tensor, Tensor]:
+    """In Wan's latents each channel carries one of R, G, B: which, 0/1 [3, 16]; and ComfyUI's mean and std [16]."""
+    import comfy.latent_formats
+
+    wan = comfy.latent_formats.Wan21()
+    mean, std = wan.latents_mean.flatten(), wan.latents_std.flatten()
+    colour = torch.zeros(CHANNELS, dtype=torch.long)
+    colour[std.argsort()] = torch.arange(CHANNELS) % 3  # equal shares of channels with a small std, which say more
+    return torch.nn.functional.one_hot(colour, 3).T.float(), mean, std
+
+
+def encode_wan(clips: Tensor) -> Tensor:
+    """Clips [n, 3, t, h, w] in 0..1, a picture a latent frame -> the sampler's latents [n, 16, t, h, w]."""
+    colours, mean, std = wan_channels()
+    straight = torch.einsum("ncthw,cd->ndthw", (clips - 0.5) * WAN_GAIN, colours)
+    raw = CLAMP * torch.atanh(straight / CLAMP)
+    return (raw - mean[:, None, None, None]) / std[:, None, None, None]
+
+
+def decode_wan(latents: Tensor) -> Tensor:
+    """The sampler's latents [n, 16, t, h, w] -> clips [n, 3, t, h, w] in 0..1."""
+    _, mean, std = wan_channels()
+    raw = latents * std[:, None, None, None] + mean[:, None, None, None]
+    straight = CLAMP * torch.tanh(raw / CLAMP)
+    return (torch.einsum("ndthw,cd->ncthw", straight, _wan_readout()) + 0.5).clamp(0, 1)
+
+
+def _wan_readout() -> Tensor:
+    """[3, 16]: the mean over a colour's channels, each weighted by how little its std blurs it."""
+    colours, _, std = wan_channels()
+    weights = colours / std.square()
+    return weights / weights.sum(1, keepdim=True) / WAN_GAIN
+
+
+def wan_decoder() -> dict[str, Tensor]:
+    """TAEHV's decoder for Wan 2.1: the first convolution reads RGB off the latent, all others pass it on."""
+    import comfy.taesd.taehv
+
+    shapes = comfy.taesd.taehv.TAEHV(latent_channels=CHANNELS).state_dict()
+    state = {key: torch.zeros(value.shape) for key, value in shapes.items()}
+    state["decoder.1.weight"][:3, :, 1, 1] = _wan_readout()
+    state["decoder.1.bias"][:3] = 0.5
+    for key, value in state.items():
+        if not key.startswith("decoder.") or key == "decoder.1.weight" or not key.endswith("weight"):
+            continue
+        if ".conv.weight" in key:  # TGrow: every copy of a frame is that frame
+            for copy in range(value.shape[0] // value.shape[1]):
+                value[copy * value.shape[1] :][:3, :3, 0, 0] = torch.eye(3)
+        elif ".conv." not in key:
+            value[:3, :3, 1, 1] = torch.eye(3)
+    return state
 
 
 def to_vae(latents: Tensor) -> Tensor:
@@ -96,6 +151,19 @@ def write(folder: Path) -> None:
         path = folder / f"taesd3_{name}.safetensors"
         save_file({key: value.half().contiguous() for key, value in state.items()}, path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)
+
+
+WAN_FILE = "vsf_tiny_wan_vae.safetensors"
+
+
+def write_wan(folder: Path) -> None:
+    """Wan's decoder alone, where VAELoader finds it; fp32, by which ComfyUI knows it from HunyuanVideo's."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    part = (folder / WAN_FILE).with_suffix(".part")
+    save_file(wan_decoder(), part)
+    part.replace(folder / WAN_FILE)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ def joint():
     """Three negative tokens, five positive ones, eleven of the image."""
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, 19, 8, generator=g, dtype=torch.float64) for _ in range(3))
-    return baselines.Joint(q, k, v, 3, 5)
+    return baselines.Call(q, k, v, 3, 5)
 
 
 def stock(joint, *, negative=False):
@@ -53,11 +53,28 @@ def test_text_streams_are_those_of_two_passes(joint):
         assert torch.allclose(z[:, :, 3:8], joint.attend(joint.p, joint.p, joint.i))
 
 
-def test_a_rule_that_keeps_the_positive_is_stock_to_the_model():
-    model = comfy.sd.load_diffusion_model_state_dict(tiny.sd3())
+def test_cross_attention_has_no_text_queries(joint):
+    call = baselines.Call(joint.q[:, :, 8:], joint.k[:, :, :8], joint.v[:, :, :8], 3, 5, cross=True)
+    z_pos, z_neg = (
+        F.scaled_dot_product_attention(call.q, call.k[:, :, s], call.v[:, :, s]) for s in (slice(3, 8), slice(3))
+    )
+    assert torch.allclose(baselines.nasa(0.3)(call), z_pos - 0.3 * z_neg)
+
+
+MODELS = {
+    "sd3": (tiny.sd3, (16, 8, 12), 64, 2048),
+    "flux": (tiny.flux, (16, 8, 12), 64, 768),
+    "wan": (tiny.wan, (16, 3, 8, 12), 4096, 1),
+}
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_rule_that_keeps_the_positive_is_stock_to_the_model(family):
+    make, latent, width, pooled = MODELS[family]
+    model = comfy.sd.load_diffusion_model_state_dict(make())
     g = torch.Generator().manual_seed(1)
-    noise, text, n = (torch.randn(s, generator=g) for s in ((2, 16, 8, 12), (1, 13, 64), (1, 4, 64)))
-    positive = [[text, {"pooled_output": torch.zeros(1, 2048)}]]
+    noise, text, n = (torch.randn(s, generator=g) for s in ((2, *latent), (1, 13, width), (1, 4, width)))
+    positive = [[text, {"pooled_output": torch.zeros(1, pooled)}]]
 
     def run(model):
         args = (2, 1.0, "euler", "simple", positive, positive, torch.zeros_like(noise))

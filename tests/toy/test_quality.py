@@ -1,7 +1,9 @@
 """What the evaluation makes of its records."""
 
 import numpy as np
+import pytest
 import quality
+import sampling
 
 
 def records(method, positive, negative, split="validation", good=0.97, **settings):
@@ -47,8 +49,9 @@ def test_the_setting_is_chosen_on_validation_pairs_within_bounds():
     assert "scale 2 (chosen)" in quality.table(rows, {"scale": 2.0})
 
 
-def test_every_job_is_asked_for_once():
+@pytest.mark.parametrize("family", sampling.FAMILIES)
+def test_every_job_is_asked_for_once(family):
     for split in ("validation", "test"):
-        jobs = [(job.method, tuple(job.settings.items())) for job in quality.all_jobs(split, quick=False)]
+        jobs = [(job.method, tuple(job.settings.items())) for job in quality.all_jobs(family, split, quick=False)]
         assert len(jobs) == len(set(jobs))
-    assert quality.all_jobs("test", quick=True)
+    assert quality.all_jobs(family, "test", quick=True)

@@ -99,3 +99,24 @@ def test_pairs():
     assert not {thing for thing, _ in validation} & {thing for thing, _ in test}
     assert len(validation) + len(test) == sum(len(thing.parts) for thing in world.THINGS)
     assert ("house", "roof") in test
+
+
+@pytest.mark.parametrize("name", ["house", "bicycle"])
+def test_clips(name):
+    """The object glides; the detectors say which parts are missing, and want the body in every frame."""
+    scenes = scenes_of(name, alone=0.1)
+    scenes.style[:] = 0
+    scenes.present[:] &= np.random.default_rng(3).random(scenes.present.shape) < 0.6
+    clips = world.draw_clips(scenes, 4)
+    assert clips.shape == (COUNT, 3, 4, 32, 32)
+    still = np.abs(scenes.numbers[:, -1]) * world.SPEED < 0.1
+    moves = np.abs(clips[:, :, 0] - clips[:, :, 3]).max((1, 2, 3)) > 0.1
+    assert moves[~still].mean() > 0.95
+    found = world.detect(clips, name)
+    assert (found.body == scenes.body).mean() >= 0.99
+    for k, part in enumerate(scenes.thing.parts):
+        assert (found.parts[part.name] == scenes.present[:, k]).mean() >= 0.99, part.name
+    assert found.quality.mean() == 1.0
+    scenes.body[:] = False
+    without = world.draw_clips(scenes, 4)
+    assert not world.detect(np.concatenate([clips[:, :, :2], without[:, :, 2:]], 2), name).body.any()

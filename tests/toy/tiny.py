@@ -100,10 +100,14 @@ def wan(
     frames_tokens: int | None = None,
     seed: int = 0,
 ) -> StateDict:
-    """A Wan-format model: t2v, i2v (CLIP-vision tokens; ``frames_tokens`` 514: first and last frame), vace, 5b."""
-    from comfy.ldm.wan.model import VaceWanModel, WanModel
+    """A Wan-format model: t2v, i2v (CLIP-vision tokens; ``frames_tokens`` 514: first and last frame), vace, 5b, control
+    (Fun control: CLIP-vision tokens, a reference frame before the video), camera (Fun camera 2.1), camera_2.2."""
+    from comfy.ldm.wan.model import CameraWanModel, VaceWanModel, WanModel
 
-    channels = {"t2v": (16, 16), "i2v": (36, 16), "vace": (16, 16), "5b": (48, 48)}[kind]
+    channels = {
+        **{"t2v": (16, 16), "i2v": (36, 16), "vace": (16, 16), "5b": (48, 48)},
+        **{"control": (48, 16), "camera": (32, 16), "camera_2.2": (36, 16)},
+    }[kind]
     config = {
         "in_dim": channels[0],
         "out_dim": channels[1],
@@ -117,9 +121,14 @@ def wan(
     }
     if kind == "vace":
         model = VaceWanModel(vace_layers=layers, vace_in_dim=96, **config)
+    elif kind.startswith("camera"):
+        model = CameraWanModel(model_type=kind, **config)
     else:
         model = WanModel(
-            model_type="i2v" if kind == "i2v" else "t2v", flf_pos_embed_token_number=frames_tokens, **config
+            model_type="i2v" if kind in ("i2v", "control") else "t2v",
+            flf_pos_embed_token_number=frames_tokens,
+            in_dim_ref_conv=16 if kind == "control" else None,
+            **config,
         )
     return randomize(model.state_dict(), seed)
 
@@ -150,6 +159,67 @@ def clip_l(seed: int = 0) -> StateDict:
         elif key == "text_projection.weight":
             value.copy_(torch.eye(768))
     return state
+
+
+T5_CONFIG = {"num_layers": 1, "d_model": 256, "d_ff": 8, "d_kv": 8, "num_heads": 1, "vocab_size": 32128}
+"""A T5 as ``t5`` writes it; the rest is as in ComfyUI's own configuration files."""
+
+
+def t5(table: Tensor, umt5: bool = False) -> StateDict:
+    """A T5 encoder of one layer that passes its input on: its output is the table's rows, normed to unit mean square.
+
+    table: [pieces, width]; zero columns at the end do not count towards the mean.
+    """
+    from comfy.text_encoders.t5 import T5
+
+    config = {
+        **T5_CONFIG,
+        "d_model": table.shape[1],
+        "vocab_size": len(table),
+        "dense_act_fn": "gelu_pytorch_tanh",
+        "is_gated_act": True,
+        "model_type": "umt5" if umt5 else "t5",
+    }
+    shapes = T5(config, torch.float32, "meta", torch.nn).state_dict()
+    state = {key: torch.zeros(value.shape, dtype=torch.float16) for key, value in shapes.items()}
+    state["shared.weight"].copy_(table)
+    used = int(table.abs().sum(0).count_nonzero())
+    state["encoder.final_layer_norm.weight"].fill_((used / table.shape[1]) ** 0.5)
+    return state
+
+
+WIDE = {"context_embedder.weight": 4096, "y_embedder.mlp.0.weight": 2048, "text_embedding.0.weight": 4096}
+"""Columns that ComfyUI expects where the toy's text fills fewer: the rest is zero and not shipped."""
+
+
+def packed(state: StateDict) -> StateDict:
+    """Trained weights in half of fp16's room: each matrix row as int8 with a scale of its own, all else in fp16."""
+    out = {}
+    for key, value in state.items():
+        if value.ndim < 2:
+            out[key] = value.half()
+            continue
+        rows = value.reshape(len(value), -1)
+        scale = rows.abs().amax(1).clamp(min=1e-8) / 127
+        out[key] = (rows / scale[:, None]).round().to(torch.int8).reshape(value.shape)
+        out[f"{key}.scale"] = scale
+    return out
+
+
+def unpacked(state: StateDict) -> StateDict:
+    """``packed`` undone: the fp32 weights with the keys and shapes that ComfyUI's loader recognises."""
+    out = {}
+    for key, value in state.items():
+        if value.dtype == torch.int8:
+            scale = state[f"{key}.scale"].reshape(-1, *[1] * (value.ndim - 1))
+            out[key] = value.float() * scale
+        elif not (key.endswith(".scale") and state.get(key[:-6], value).dtype == torch.int8):
+            out[key] = value.float()
+        if key in WIDE:
+            out[key] = torch.nn.functional.pad(out[key], (0, WIDE[key] - value.shape[1]))
+    # Flux's files say scale where ComfyUI's newer classes say weight
+    return {key.replace("query_norm.weight", "query_norm.scale").replace("key_norm.weight", "key_norm.scale"): value
+            for key, value in out.items()}
 
 
 def write_all(out: Path) -> None:

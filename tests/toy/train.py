@@ -7,6 +7,7 @@ One core does it in about an hour. The checkpoint beside the output (``.ckpt``) 
 """
 
 import argparse
+import itertools
 import math
 import os
 import sys
@@ -26,6 +27,8 @@ comfy_args.cpu = True
 
 import captions  # noqa: E402
 import codec  # noqa: E402
+import comfy.model_management  # noqa: E402
+import tiny  # noqa: E402
 import world  # noqa: E402
 
 
@@ -33,22 +36,24 @@ class Family(Protocol):
     """What differs between model families."""
 
     shift: float
-    """The sampler's sigma shift, as ComfyUI's model class of this family has it."""
+    """The sampler's sigma shift."""
+    menu: tuple[tuple[int, int], ...]
+    """(latent frames, batch size) of the steps in turn; 0 frames: pictures."""
 
     def build(self) -> torch.nn.Module:
         """ComfyUI's model class, initialised for training."""
 
-    def predict(self, model: torch.nn.Module, x: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
-        """The velocity (noise - data), like x [n, 16, 32, 32]; sigma [n], context [n, 77, 768], pooled [n, 768]."""
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Pictures or clips in 0..1 -> the sampler's latents."""
 
-    def exported(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The trained weights with the keys and shapes that ComfyUI's loader recognises."""
+    def predict(self, model: torch.nn.Module, x: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
+        """The velocity (noise - data), like x; sigma [n], context [n, length, width], pooled [n, 768]."""
 
 
 class SD3:
-    """A three-block MMDiT. Text is 4096 wide there and pooled 2048, but this CLIP fills 768: zero columns come last."""
+    """A three-block MMDiT. Text is 4096 wide there and pooled 2048, but this CLIP fills 768 (``tiny.WIDE``)."""
 
-    shift = 3.0
+    shift, menu = 3.0, ((0, 32),)
     depth = 3
 
     def build(self) -> torch.nn.Module:
@@ -59,52 +64,132 @@ class SD3:
             input_size=None,
             in_channels=codec.CHANNELS,
             depth=self.depth,
-            adm_in_channels=captions.WIDTH,
+            adm_in_channels=captions.POOLED,
             context_embedder_config={
                 "target": "torch.nn.Linear",
-                "params": {"in_features": captions.WIDTH, "out_features": 64 * self.depth},
+                "params": {"in_features": captions.POOLED, "out_features": 64 * self.depth},
             },
             qk_norm="rms",
             operations=torch.nn,
             dtype=torch.float32,
         )
-        for name, parameter in model.named_parameters():
-            if name.endswith(("ln_q.weight", "ln_k.weight")):
-                torch.nn.init.ones_(parameter)
-            elif "adaLN_modulation" in name or name.startswith("final_layer.linear"):
-                torch.nn.init.zeros_(parameter)
-        return model
+        return initialised(model, ones=("ln_q.weight", "ln_k.weight"), zeros=("adaLN_modulation", "final_layer.linear"))
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        return codec.encode(pictures)
 
     def predict(self, model: torch.nn.Module, x: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
         return model(x, sigma * 1000, context=context, y=pooled)
 
-    def exported(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        wide = {"context_embedder.weight": 4096, "y_embedder.mlp.0.weight": 2048}
-        return {
-            key: torch.nn.functional.pad(value, (0, wide[key] - value.shape[1])) if key in wide else value
-            for key, value in state.items()
-        }
+
+class Flux:
+    """Two double and two single blocks, without guidance, like Schnell; sampled with Dev's shift."""
+
+    shift, menu = 3.0, ((0, 24),)
+
+    def build(self) -> torch.nn.Module:
+        import comfy.ldm.flux.math as flux_math
+        import comfy.ldm.flux.model as flux
+
+        flux_math.optimized_attention = plain_attention
+        model = flux.Flux(
+            in_channels=codec.CHANNELS,
+            out_channels=codec.CHANNELS,
+            vec_in_dim=captions.POOLED,
+            context_in_dim=captions.WIDTH,
+            hidden_size=256,
+            mlp_ratio=4.0,
+            num_heads=2,
+            depth=2,
+            depth_single_blocks=2,
+            axes_dim=[16, 56, 56],
+            theta=10000,
+            patch_size=2,
+            qkv_bias=True,
+            guidance_embed=False,
+            txt_ids_dims=[],
+            operations=torch.nn,
+            dtype=torch.float32,
+        )
+        zeros = ("img_mod.lin", "txt_mod.lin", "modulation.lin", "adaLN_modulation", "final_layer.linear")
+        return initialised(model, ones=("query_norm.weight", "key_norm.weight"), zeros=zeros)
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        return codec.encode(pictures)
+
+    def predict(self, model: torch.nn.Module, x: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
+        return model(x, sigma, context, pooled)
 
 
-FAMILIES: dict[str, type[Family]] = {"sd3": SD3}
+class Wan:
+    """Four blocks of a Wan 2.1 text-to-video model. It learns from single frames and, every third step, from clips."""
+
+    shift, menu = 3.0, ((1, 32), (1, 32), (4, 8))
+
+    def build(self) -> torch.nn.Module:
+        import comfy.ldm.wan.model as wan
+
+        wan.optimized_attention = plain_attention
+        model = wan.WanModel(
+            model_type="t2v",
+            in_dim=codec.CHANNELS,
+            out_dim=codec.CHANNELS,
+            dim=256,
+            ffn_dim=512,
+            text_dim=captions.WIDTH,
+            num_heads=2,
+            num_layers=4,
+            operations=torch.nn,
+            dtype=torch.float32,
+        )
+        model = initialised(model, ones=("norm_q.weight", "norm_k.weight"), zeros=("time_projection", "head.head"))
+        for name, parameter in model.named_parameters():
+            if name.endswith("modulation"):
+                torch.nn.init.normal_(parameter, std=256**-0.5)
+        return model
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        return codec.encode_wan(pictures)
+
+    def predict(self, model: torch.nn.Module, x: Tensor, sigma: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
+        return model(x, sigma * 1000, context)
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, **_: Any) -> Tensor:
-    """SDPA with gradients: q, k [n, length, heads * d], v the same or [n, length, heads, d]."""
-    n, length = q.shape[:2]
-    q, k, v = (t.reshape(n, t.shape[1], heads, -1).transpose(1, 2) for t in (q, k, v))
-    z = torch.nn.functional.scaled_dot_product_attention(q, k, v.to(q.dtype))
-    return z.transpose(1, 2).reshape(n, length, -1)
+FAMILIES: dict[str, type[Family]] = {"sd3": SD3, "flux": Flux, "wan": Wan}
 
 
-def examples(batch: int, seed: int, drop: float = 0.05) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def initialised(model: torch.nn.Module, ones: tuple[str, ...], zeros: tuple[str, ...]) -> torch.nn.Module:
+    """ComfyUI leaves some parameters unset; gates and the last layer start at zero, so that blocks start as nothing."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(ones):
+            torch.nn.init.ones_(parameter)
+        elif any(part in name for part in zeros):
+            torch.nn.init.zeros_(parameter)
+    return model
+
+
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, mask: None = None, skip_reshape: bool = False, **_: Any
+) -> Tensor:
+    """Attention whose backward is faster on a CPU than SDPA's: q, k [n, length, heads * d], v the same or
+    [n, length, heads, d]; with ``skip_reshape`` all are [n, heads, length, d]."""
+    n = len(q)
+    if not skip_reshape:
+        q, k, v = (t.reshape(n, t.shape[1], heads, -1).transpose(1, 2) for t in (q, k, v))
+    z = torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), -1).to(v.dtype) @ v
+    return z.transpose(1, 2).reshape(n, z.shape[2], -1)
+
+
+def examples(name: str, family: Family, seed: int, drop: float = 0.05) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Endless (latents, context, pooled); a share ``drop`` of the captions is empty, for CFG's sake."""
-    embed = captions.Captions()
+    embed = captions.Captions(name)
     g = torch.Generator().manual_seed(seed)
-    for pictures, texts in world.batches(seed, batch):
-        dropped = torch.rand(batch, generator=g) < drop
+    sources = [world.batches(seed + k, batch, frames=frames) for k, (frames, batch) in enumerate(family.menu)]
+    for source in itertools.cycle(sources):
+        pictures, texts = next(source)
+        dropped = torch.rand(len(texts), generator=g) < drop
         kept = ["" if gone else words for gone, words in zip(dropped.tolist(), texts, strict=True)]
-        yield codec.encode(torch.from_numpy(pictures.copy())), *embed(kept)
+        yield family.encode(torch.from_numpy(pictures.copy())), *embed(kept)
 
 
 def random_sigmas(n: int, shift: float, g: torch.Generator) -> Tensor:
@@ -122,6 +207,7 @@ def rate(step: int, steps: int, top: float, warm: int = 150) -> float:
 
 def train(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
+    comfy.model_management.in_training = True  # rotary embeddings with a gradient
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(options.seed)
     family = FAMILIES[options.family]()
@@ -138,20 +224,21 @@ def train(options: argparse.Namespace) -> None:
     g = torch.Generator().manual_seed(options.seed + start)
     began = last_save = time.monotonic()
     losses = []
-    for step, (data, context, pooled) in enumerate(examples(options.batch, options.seed + start), start):
+    for step, (data, context, pooled) in enumerate(examples(options.family, family, options.seed + start), start):
         if step >= options.steps:
             break
         for group in optimizer.param_groups:
             group["lr"] = rate(step, options.steps, options.rate)
         sigma = random_sigmas(len(data), family.shift, g)
         noise = torch.randn(data.shape, generator=g)
-        mixed = data + sigma[:, None, None, None] * (noise - data)
+        mixed = data + sigma.view(-1, *[1] * (data.ndim - 1)) * (noise - data)
         inputs = [t.to(device) for t in (mixed, sigma, context, pooled)]
-        with torch.autocast(device.type, torch.bfloat16):
-            velocity = family.predict(model, *inputs)
-        loss = torch.nn.functional.mse_loss(velocity.float(), (noise - data).to(device))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        with torch.autograd.graph.allow_mutation_on_saved_tensors():  # Flux adds to its residual in place
+            with torch.autocast(device.type, torch.bfloat16):
+                velocity = family.predict(model, *inputs)
+            loss = torch.nn.functional.mse_loss(velocity.float(), (noise - data).to(device))
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         keep = min(0.999, (step + 1) / (step + 10))
@@ -171,24 +258,24 @@ def train(options: argparse.Namespace) -> None:
             part = checkpoint.with_suffix(".part")
             torch.save({**state, "step": done, "seconds": spent + now - began}, part)
             part.replace(checkpoint)
-            export(family, average, options, done, spent + now - began)
+            export(average, options, done, spent + now - began)
 
 
-def export(family: Family, average: dict[str, Tensor], options: argparse.Namespace, steps: int, seconds: float) -> None:
-    """Writes the averaged weights in fp16, with how they were made as metadata."""
+def export(average: dict[str, Tensor], options: argparse.Namespace, steps: int, seconds: float) -> None:
+    """Writes the averaged weights as tests/toy/weights has them, with how they were made as metadata."""
     from safetensors.torch import save_file
 
     made = {
         "family": options.family,
         "steps": f"{steps} of {options.steps}",
-        "batch": str(options.batch),
+        "batch": ", ".join(str(batch) for _, batch in FAMILIES[options.family].menu),
         "seed": str(options.seed),
         "minutes": f"{seconds / 60:.0f}",
         "torch": torch.__version__,
     }
     part = options.out.with_suffix(".part.safetensors")
-    state = family.exported({key: value.float().cpu() for key, value in average.items()})
-    save_file({key: value.half().contiguous() for key, value in state.items()}, part, metadata=made)
+    state = {key: value.float().cpu().contiguous() for key, value in average.items()}
+    save_file(tiny.packed(state), part, metadata=made)
     part.replace(options.out)
 
 
@@ -197,7 +284,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--family", choices=sorted(FAMILIES), required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)

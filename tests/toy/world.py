@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 SIZE = 32
+SPEED = 2.5
+"""How far an object in a clip glides at most between two latent frames, in pixels."""
 PRESENT = 0.975
 """How often an essential part is drawn."""
 ALONE = 0.25
@@ -380,8 +382,14 @@ def sample_scenes(rng: np.random.Generator, thing: Thing, n: int, alone: float =
     )
 
 
-def draw(scenes: Scenes) -> Array:
-    """The pictures, [n, 3, 32, 32] in 0..1, without anti-aliasing."""
+def draw_clips(scenes: Scenes, frames: int) -> Array:
+    """Clips [n, 3, frames, 32, 32] in 0..1: the object glides sideways, at most SPEED pixels a frame."""
+    pace = SPEED * scenes.numbers[:, -1]
+    return np.stack([draw(scenes, pace * (k - (frames - 1) / 2)) for k in range(frames)], 2)
+
+
+def draw(scenes: Scenes, aside: Array | float = 0.0) -> Array:
+    """Pictures [n, 3, 32, 32] in 0..1, without anti-aliasing; the object stands ``aside`` [n] pixels to the right."""
     n, numbers = len(scenes), iter(scenes.numbers.T[:, :, None, None])
     night = (scenes.style == STYLES.index("at night"))[:, None, None]
     canvas = np.empty((n, SIZE, SIZE, 3), np.float32)
@@ -407,7 +415,7 @@ def draw(scenes: Scenes) -> Array:
     paint(y < ground, WATER if scenes.thing.water else GRASS)
 
     grow = 1.05 + 0.13 * next(numbers)
-    u = (x - 16 - 3 * next(numbers)) / grow
+    u = (x - 16 - 3 * next(numbers) - np.reshape(aside, (-1, 1, 1))) / grow
     v = (y - ground + 2 + 0.8 * next(numbers)) / grow
 
     def paint_parts(behind: bool) -> None:
@@ -491,13 +499,24 @@ def _describe(rng: np.random.Generator, part: Part, form: int) -> str:
     return f"{adjective} {part.name}" if part.name in PLURALS else f"a {adjective} {part.name}"
 
 
-def batches(seed: int, size: int, chunk: int = 32) -> Iterator[tuple[Array, list[str]]]:
-    """Endless training batches: pictures [size, 3, 32, 32] and captions; ``chunk`` batches are drawn at a time."""
+def words() -> list[str]:
+    """Every word that a caption can have, in a fixed order."""
+    named = [thing.name for thing in THINGS] + [part.name for thing in THINGS for part in thing.parts]
+    adjectives = [form for thing in THINGS for part in thing.parts for form in part.forms]
+    others = ["a", "photo", "picture", "of", "with", "and", "moon", *" ".join(STYLES).split()]
+    return list(dict.fromkeys([*others, *named, *EXTRAS, *adjectives]))
+
+
+def batches(seed: int, size: int, chunk: int = 32, frames: int = 0) -> Iterator[tuple[Array, list[str]]]:
+    """Endless training batches: pictures [size, 3, 32, 32] and captions; ``chunk`` batches are drawn at a time.
+
+    With ``frames``, clips [size, 3, frames, 32, 32].
+    """
     rng = np.random.default_rng(seed)
     while True:
         share = rng.multinomial(size * chunk, [1 / len(THINGS)] * len(THINGS))
         groups = [sample_scenes(rng, thing, n) for thing, n in zip(THINGS, share, strict=True)]
-        pictures = np.concatenate([draw(scenes) for scenes in groups])
+        pictures = np.concatenate([draw_clips(scenes, frames) if frames else draw(scenes) for scenes in groups])
         texts = [text for scenes in groups for text in captions(rng, scenes)]
         for rows in rng.permutation(size * chunk).reshape(chunk, size):
             yield pictures[rows], [texts[row] for row in rows]
@@ -530,13 +549,22 @@ def classify(pictures: Array, thing: Thing, style: str = "") -> tuple[dict[str, 
     return {name: (nearest == k) & known for k, name in enumerate(names)}, known
 
 
+def flat(clips: Array) -> Array:
+    """Clips [n, 3, frames, 32, 32] as pictures [n * frames, 3, 32, 32]."""
+    return clips.swapaxes(1, 2).reshape(-1, 3, SIZE, SIZE)
+
+
 @lru_cache
-def drawn(thing_name: str) -> dict[str, tuple[int, Mask]]:
-    """For the body and each part: the fewest pixels that the renderer gives it, and where it may be (of 600 scenes)."""
+def drawn(thing_name: str, frames: int = 0) -> dict[str, tuple[int, Mask]]:
+    """For the body and each part: the fewest pixels that the renderer gives it, and where it may be (of 600 scenes).
+
+    With ``frames``, in any frame of clips of that length.
+    """
     thing = BY_NAME[thing_name]
     scenes = sample_scenes(np.random.default_rng(0), thing, 600, alone=0.0)
     scenes.style[:], scenes.present[:] = 0, True
-    pixels, _ = classify(draw(scenes), thing)
+    pictures = flat(draw_clips(scenes, frames)) if frames else draw(scenes)
+    pixels, _ = classify(pictures, thing)
     names = ("body", *(part.name for part in thing.parts))
     return {name: (int(pixels[name].sum((1, 2)).min()), pixels[name].any(0)) for name in names}
 
@@ -552,11 +580,21 @@ class Found:
 
 
 def detect(pictures: Array, thing_name: str, style: str = "") -> Found:
-    """Looks at pictures [n, 3, 32, 32] that were made for captions of that object and style.
+    """Looks at pictures [n, 3, 32, 32], or clips [n, 3, frames, 32, 32], made for captions of that object and style.
 
-    A thing is there if, where it may be, it has at least half the fewest pixels that the renderer gives it.
+    A thing is there if, where it may be, it has at least half the fewest pixels that the renderer gives it. In a clip
+    the body is there if it is in every frame, a part if it is in any.
     """
+    if pictures.ndim == 5:
+        n, _, frames = pictures.shape[:3]
+        found = _look(flat(pictures), thing_name, style, frames)
+        parts = {name: there.reshape(n, frames).any(1) for name, there in found.parts.items()}
+        return Found(found.body.reshape(n, frames).all(1), parts, found.quality.reshape(n, frames).mean(1))
+    return _look(pictures, thing_name, style, 0)
+
+
+def _look(pictures: Array, thing_name: str, style: str, frames: int) -> Found:
     pixels, known = classify(pictures, BY_NAME[thing_name], style)
-    limits = drawn(thing_name).items()
+    limits = drawn(thing_name, frames).items()
     there = {name: (pixels[name] & where).sum((1, 2)) >= fewest / 2 for name, (fewest, where) in limits}
     return Found(there.pop("body"), there, known.mean((1, 2), dtype=np.float32))

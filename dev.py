@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "tests"))
@@ -94,19 +95,21 @@ def setup(options: argparse.Namespace) -> int:
     return 0
 
 
-def start_server(host: Host, port: int | None = None) -> ComfyServer:
+def start_server(host: Host, port: int | None = None, extra_nodes: Sequence[Path] = ()) -> ComfyServer:
     """The real ComfyUI server with this pack in its custom_nodes; a context manager."""
-    return ComfyServer(host.tree, host.python, ROOT, host.models, port)
+    return ComfyServer(host.tree, host.python, ROOT, host.models, port, extra_nodes=extra_nodes)
 
 
 def demo(options: argparse.Namespace) -> int:
-    """Runs the shipped tiny workflow with and without VSF on a real server and writes the pictures."""
-    workflow = ROOT / "workflows" / "vsf_tiny_demo.json"
+    """Runs a tiny workflow with and without VSF on a real server and writes the pictures, or animated ones."""
+    toy = ROOT / "tests" / "toy"
+    shipped, own = ROOT / "workflows" / "vsf_tiny_demo.json", toy / "demo" / f"{options.family}.json"
+    workflow = shipped if options.family == "sd3" else own
     if not workflow.exists():
         raise HostError(f"{workflow} is missing")
     host, out = get_host(), Path(options.out).resolve()
     print("starting ComfyUI ...", flush=True)
-    with start_server(host) as server:
+    with start_server(host, extra_nodes=[toy / "vsf_toy_text_encoder"]) as server:
         return run_host_module(host, "hosting.demo", [server.address, str(workflow), str(out)])
 
 
@@ -188,6 +191,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     one.add_argument("--comfyui", metavar="VERSION", choices=CARRIER_VERSIONS, help=", ".join(CARRIER_VERSIONS))
     one = commands.add_parser("demo", help="make a picture with and without a negative prompt")
     one.add_argument("--out", default="demo-output", metavar="DIR")
+    one.add_argument("--family", choices=("sd3", "flux", "wan"), default="sd3", help="which toy model; wan: a clip")
     one = commands.add_parser("test", help="lint, types and tests; other arguments go to pytest")
     one.add_argument("--comfyui", metavar="VERSION", choices=[*CARRIER_VERSIONS, "all"], help="a version, or all")
     commands.add_parser("bench", help="benchmarks; arguments go to them")

@@ -30,6 +30,7 @@ from ..vsf_core import (
     lse_attention,
 )
 from .blocks import Block, all_blocks, parse_blocks
+from .compiled import is_compiled, told_apart, unwrapped
 from .families import Family, Released
 from .host_attention import OVERRIDE, HostAttention
 from .negative import KEY, PREFIX, Negative, count_tokens, negatives_of, step_conds
@@ -40,6 +41,8 @@ WRAPPER_KEY = "vsf"
 RUN_KEY = "vsf_run"
 FORWARD_KEY = "vsf_forward"
 PLACE_KEY = "vsf_place"
+COMPILED_MULTIPLE = 16
+"""Under torch.compile N is padded to a multiple of this, so that another negative seldom means another graph."""
 LAYOUTS = ("paper", "released")
 
 
@@ -73,8 +76,8 @@ class Run:
 class Forward:
     """What the attention needs to know during one forward pass; travels in ``transformer_options``.
 
-    Under torch.compile the guards on those are dropped (TorchCompileModel), so whatever may change between runs without
-    changing a shape is a tensor here, read from the options of the call at hand and never from a closure.
+    Under torch.compile the guards on those are dropped (TorchCompileModel), so whatever may change between runs and is
+    not in ``signature`` is a tensor here, read from the options of the call at hand and never from a closure.
     """
 
     family: Family
@@ -91,7 +94,42 @@ class Forward:
     text: int
     """Length of the whole text stream, N included."""
     reached: Tensor
-    """int [blocks]: how often each block's joint attention saw N. On the CPU: read without waiting for a device."""
+    """int [2, blocks]: how often each block ran, and how often its attention over text did. On the CPU: read without
+    waiting for a device."""
+
+    def place(self, block: Block) -> "Place":
+        """What the attention inside a block gets to know of where it is."""
+        selected = block in self.run.selected
+        bias = self.bias if selected else torch.full_like(self.bias, torch.inf)
+        return Place(block[0], selected, bias, self.reached[1, self.run.blocks.index(block)])
+
+    def signature(self) -> str:
+        """All that a graph compiled for this pass takes for granted and torch.compile does not guard: no values."""
+        shapes = (self.tokens, *self.alpha.shape, *self.bias.shape)
+        kinds = (self.padding is None, self.hidden is None, self.released is None, self.attend is None)
+        blocks = "".join(str(int(block in self.run.selected)) for block in self.run.blocks)
+        return "_".join(map(str, (*shapes, *map(int, kinds), blocks)))
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """One block of a forward pass. bias: the pass's, or +inf where the block is not selected; seen: counts its calls.
+
+    Blocks that torch.compile takes one by one share a graph: there, only the tensors differ from block to block.
+    """
+
+    kind: str
+    selected: bool
+    bias: Tensor
+    seen: Tensor
+
+    def enter(self, run: Run, path: str) -> bool:
+        """Note that the attention over text is running, and how; whether N must be attended to."""
+        self.seen.add_(1)
+        if torch.compiler.is_compiling():
+            return True
+        run.paths.add(path if self.selected else "none in blocks that are not selected")
+        return self.selected
 
 
 class VSFPatch:
@@ -130,7 +168,7 @@ class VSFPatch:
                 "VSF: the negative is attached to the sampler's negative input only. At cfg 1 that input is not used "
                 "at all. Attach VSF Negative Conditioning to the positive."
             )
-        diffusion_model = _unwrapped(guider.model_patcher.model.diffusion_model)
+        diffusion_model = unwrapped(guider.model_patcher.model.diffusion_model)
         self._check_negatives([entry for _, entry in entries], diffusion_model)
         counts = self.family.block_counts(diffusion_model)
         noise = kwargs["noise"] if "noise" in kwargs else args[0]
@@ -236,8 +274,11 @@ class VSFPatch:
         if not ours:
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
         assert c_crossattn is not None
-        diffusion_model = _unwrapped(executor.class_obj.diffusion_model)
+        diffusion_model = unwrapped(executor.class_obj.diffusion_model)
         run: Run = transformer_options[RUN_KEY]
+        compiled = is_compiled(executor.class_obj.diffusion_model, transformer_options)
+        if compiled:
+            ours = _lengthened(ours, -ours["tokens"].shape[1] % COMPILED_MULTIPLE)
         if self.family.cross:
             ours = self._unmistakable(ours, x, c_crossattn.shape[1], kwargs, diffusion_model)
         tokens = ours["tokens"].to(c_crossattn)
@@ -251,8 +292,10 @@ class VSFPatch:
         if "pooled" in ours:
             kwargs["y"] = _mixed_pooled(kwargs["y"], ours["pooled"][:, 0], self.family.released.pooled)
         options = self._patched_options(transformer_options, forward)
+        if compiled:
+            control, kwargs = told_apart(PREFIX + forward.signature(), len(run.blocks), control, kwargs)
         result = executor(x, t, c_concat, context, control, options, **kwargs)
-        self._check_reached(run, forward, compiled=diffusion_model is not executor.class_obj.diffusion_model)
+        self._check_reached(run, forward, compiled)
         return result
 
     def _forward(
@@ -271,7 +314,7 @@ class VSFPatch:
             hidden=is_padding.expand(-1, length) if self._released is not None and ours["mixed"] else None,
             attend=lse_attention(latent.device, dtype, self.family.head_dim(diffusion_model)),
             text=text,
-            reached=torch.zeros(len(run.blocks), dtype=torch.int32),
+            reached=torch.zeros(2, len(run.blocks), dtype=torch.int32),
         )
 
     def _image_bias(self, bias: Tensor, mask: Tensor | None, latent: Tensor, references: tuple[int, int]) -> Tensor:
@@ -298,19 +341,7 @@ class VSFPatch:
         if conds.get("clip_fea") is not None:
             taken.add(conds["clip_fea"].shape[-2])
         extra = next(e for e in itertools.count() if positive + ours["tokens"].shape[1] + e not in taken)
-        if extra == 0:
-            return ours
-        length = ours["tokens"].shape[1]
-        bias = ours["bias"].expand(-1, -1, length)
-        ours = {
-            **ours,
-            "tokens": F.pad(ours["tokens"], (0, 0, 0, extra)),
-            "alpha": F.pad(ours["alpha"], (0, 0, 0, extra)),
-        }
-        if "mask" in ours:
-            mask = ours["mask"].expand(-1, length, *(-1,) * (ours["mask"].ndim - 2))
-            ours["mask"] = torch.cat([mask, mask[:, -1:].expand(-1, extra, *(-1,) * (mask.ndim - 2))], dim=1)
-        return {**ours, "bias": F.pad(bias, (0, extra), value=torch.inf)}
+        return _lengthened(ours, extra) if extra else ours
 
     def _patched_options(self, options: dict, forward: Forward) -> dict:
         """A copy of ``transformer_options`` in which each block's patch is wrapped, so that we know where we are."""
@@ -329,26 +360,45 @@ class VSFPatch:
         A later pass that runs no block is some cache's doing (TeaCache), unless the model is compiled: then a graph
         from a run without VSF was used.
         """
-        reached = int(forward.reached.count_nonzero())
-        if reached == 0 and (compiled or not run.reported):
+        ran, reached = forward.reached
+        if not ran.any() and (compiled or not run.reported):
             raise RuntimeError(
                 "VSF: no block of this model ran through ComfyUI's block patches, so the negative had no effect. "
                 "Another node probably replaces the model's forward pass, or torch.compile reused a graph compiled "
                 "without VSF; remove that node, or put it on a model without VSF."
+            )
+        if missed := [block for block, a, b in zip(run.blocks, ran, reached, strict=True) if a > b]:
+            raise RuntimeError(
+                f"VSF: {missed[0][0]} block {missed[0][1]} ran without the attention call over text that VSF expects "
+                "there, so the negative had no effect. This ComfyUI, or another node, computes this block's attention "
+                "in a way that this version of ComfyUI-VSF does not know; or torch.compile took a graph of this block "
+                "alone that it made without VSF: compile the whole model instead. Otherwise please report it."
             )
         if not run.reported:
             run.reported = True
             s = self.settings
             log.info(
                 f"VSF: {self.family.title}: {run.tokens} negative tokens, scale {s.scale:g}, offset {s.offset:g}, "
-                f"layout {s.layout}, {len(run.selected)} of {len(run.blocks)} blocks, reached {reached}, "
-                f"attention: {', '.join(sorted(run.paths))}"
+                f"layout {s.layout}, {len(run.selected)} of {len(run.blocks)} blocks, "
+                f"reached {int(reached.count_nonzero())}, attention: {', '.join(sorted(run.paths)) or 'compiled'}"
             )
 
 
-def _unwrapped(diffusion_model: Any) -> Any:
-    """The model itself where torch.compile has wrapped it."""
-    return getattr(diffusion_model, "_orig_mod", diffusion_model)
+def _lengthened(ours: dict, extra: int) -> dict:
+    """``ours`` with ``extra`` tokens of padding at the end of N, and a bias per token."""
+    length = ours["tokens"].shape[1]
+    bias = ours["bias"].expand(-1, -1, length)
+    ours = {
+        **ours,
+        "tokens": F.pad(ours["tokens"], (0, 0, 0, extra)),
+        "alpha": F.pad(ours["alpha"], (0, 0, 0, extra)),
+        "bias": F.pad(bias, (0, extra), value=torch.inf),
+        "mixed": True,
+    }
+    if "mask" in ours:
+        mask = ours["mask"].expand(-1, length, *(-1,) * (ours["mask"].ndim - 2))
+        ours["mask"] = torch.cat([mask, mask[:, -1:].expand(-1, extra, *(-1,) * (mask.ndim - 2))], dim=1)
+    return ours
 
 
 def _with_model_conds(entry: dict, added: Mapping[int, dict]) -> dict:
@@ -387,23 +437,12 @@ def _run_block(block: Block, position: int, previous: Callable | None, args: dic
     def original(inner: dict) -> dict:
         options = inner["transformer_options"]
         forward: Forward = options[FORWARD_KEY]
-        calls: list[str] = []
-        if forward.family.cross:  # the override is in force already; it needs to know the place
-            here, keys = {PLACE_KEY: (block, calls)}, forward.text
-        else:
+        here: dict[str, Any] = {PLACE_KEY: forward.place(block)}
+        if not forward.family.cross:  # else the override is in force already
             layout = forward.family.layout(block[0], inner, forward.tokens)
-            override = partial(_joint_override, block, layout, calls, options.get(OVERRIDE))
-            here, keys = {OVERRIDE: override}, layout.length
-        out = extra["original_block"]({**inner, "transformer_options": {**options, **here}})
-        if not calls:
-            raise RuntimeError(
-                f"VSF: {block[0]} block {block[1]} ran without the attention call over text that VSF expects there "
-                f"({keys} keys), so the negative had no effect. This ComfyUI, or another node, computes this block's "
-                "attention in a way that this version of ComfyUI-VSF does not know. Please report it."
-            )
-        forward.reached[position].add_(1)
-        forward.run.paths.add(calls[0])
-        return out
+            here[OVERRIDE] = partial(_joint_override, layout, options.get(OVERRIDE))
+        forward.reached[0, position].add_(1)
+        return extra["original_block"]({**inner, "transformer_options": {**options, **here}})
 
     if previous is None:
         return original(args)
@@ -426,48 +465,44 @@ def _cross_override(previous: Callable | None, func: Callable, *args: Any, **kwa
     n = forward.tokens
     positive, negative = (k[:, :, n:], v[:, :, n:]), (k[:, :, :n], v[:, :, :n])
     # outside a block patch (VACE) the block before it is the host
-    block, calls = host.options.get(PLACE_KEY) or (("double", host.options["block_index"]), [])
-    shared = (q, *positive, *negative, forward.alpha, forward.bias)
-    if block not in forward.run.selected:
-        calls.append("not selected")
+    place: Place = host.options.get(PLACE_KEY) or forward.place(("double", host.options["block_index"]))
+    shared = (q, *positive, *negative, forward.alpha, place.bias)
+    attend = forward.attend if host.is_sdpa else None
+    if not place.enter(forward.run, _path(host, attend)):
         out = host.black_box(q, *positive, None)
-    elif host.is_sdpa and forward.attend is not None:
-        calls.append(f"log-sum-exp merge ({forward.attend.__name__})")
-        out = cross_attention(*shared, forward.attend, host.scale)
+    elif attend is not None:
+        out = cross_attention(*shared, attend, host.scale)
     else:
-        calls.append(f"row mask ({host.name})")
         out = cross_attention_masked(*shared, host.black_box)
     return host.join(out)
 
 
 def _joint_override(
-    block: Block,
-    layout: TokenLayout,
-    calls: list[str],
-    previous: Callable | None,
-    func: Callable,
-    *args: Any,
-    **kwargs: Any,
+    layout: TokenLayout, previous: Callable | None, func: Callable, *args: Any, **kwargs: Any
 ) -> Tensor:
     """ComfyUI's attention call inside a joint block: VSF where its keys are the joint sequence."""
     host = HostAttention(previous, func, *args, **kwargs)
     forward: Forward = host.options[FORWARD_KEY]
     if host.keys != layout.length:
         return host.unchanged()
+    place: Place = host.options[PLACE_KEY]
     q, k, v = host.split()
-    mask = _total_mask(host.mask, layout, block, forward, q.dtype)
-    bias = forward.bias if block in forward.run.selected else None
+    mask = _total_mask(host.mask, layout, place.kind, forward, q.dtype)
+    attend = forward.attend if host.is_sdpa and mask is None else None
+    bias = place.bias if place.enter(forward.run, _path(host, attend)) else None
     shared = (q, k, v, layout, forward.alpha, bias)
-    if forward.released is not None and block[0] not in forward.released.kinds:
-        calls.append("ordinary text")
+    if forward.released is not None and place.kind not in forward.released.kinds:
         out = host.black_box(q, k, v, mask)
-    elif host.is_sdpa and forward.attend is not None and mask is None:
-        calls.append(f"log-sum-exp merge ({forward.attend.__name__})")
-        out = joint_attention(*shared, forward.attend, forward.padding, host.scale)
+    elif attend is not None:
+        out = joint_attention(*shared, attend, forward.padding, host.scale)
     else:
-        calls.append(f"row mask ({host.name})")
         out = joint_attention_masked(*shared, host.black_box, forward.padding, mask)
     return host.join(out)
+
+
+def _path(host: HostAttention, attend: LSEAttention | None) -> str:
+    """For the log: how VSF's attention is computed."""
+    return f"row mask ({host.name})" if attend is None else f"log-sum-exp merge ({attend.__name__})"
 
 
 def _grown_mask(mask: Tensor, negative: int) -> Tensor:
@@ -479,7 +514,7 @@ def _grown_mask(mask: Tensor, negative: int) -> Tensor:
 
 
 def _total_mask(
-    mask: Tensor | None, layout: TokenLayout, block: Block, forward: Forward, dtype: torch.dtype
+    mask: Tensor | None, layout: TokenLayout, kind: str, forward: Forward, dtype: torch.dtype
 ) -> Tensor | None:
     """What besides VSF's own rules keeps queries from keys: additive [B or 1, 1, 1 or L, L] or None.
 
@@ -489,7 +524,7 @@ def _total_mask(
         mask = mask.reshape(-1, 1, *mask.shape[-2:]).to(dtype)
     if forward.hidden is None or forward.released is None:
         return mask
-    end = layout.span("N").stop if block[0] not in forward.released.kinds else layout.span("P").stop
+    end = layout.span("N").stop if kind not in forward.released.kinds else layout.span("P").stop
     if end == layout.span("P").stop and not forward.released.copy:
         return mask
     hidden = torch.zeros(forward.hidden.shape[0], 1, 1, layout.length, device=forward.bias.device, dtype=dtype)

@@ -11,6 +11,7 @@ from hosting.server import ComfyServer
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
+TOY = ROOT / "tests" / "toy"
 WORKFLOW = ROOT / "workflows" / "vsf_tiny_demo.json"
 PROMPT = {
     "1": {"class_type": "CLIPTextEncode", "inputs": {"text": "a house"}},
@@ -19,21 +20,33 @@ PROMPT = {
 }
 
 
-def test_demo_writes_three_pictures_that_differ(comfyui, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def server(comfyui):
     models = os.environ.get("VSF_MODELS", "")
-    if not Path(models, "diffusion_models").is_dir() or not WORKFLOW.exists():
-        pytest.skip("the tiny models or the workflow are missing; run the tests with dev.py test")
-    with ComfyServer(comfyui, sys.executable, ROOT, models) as server:
-        status = demo.main([server.address, str(WORKFLOW), str(tmp_path / "new" / "out")])
+    if not Path(models, "diffusion_models").is_dir():
+        pytest.skip("the tiny models are missing; run the tests with dev.py test")
+    with ComfyServer(comfyui, sys.executable, ROOT, models, extra_nodes=[TOY / "vsf_toy_text_encoder"]) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("workflow", "kind", "frames"),
+    [(WORKFLOW, "png", 1), (TOY / "demo" / "flux.json", "png", 1), (TOY / "demo" / "wan.json", "webp", 13)],
+    ids=["sd3", "flux", "wan"],
+)
+def test_demo_writes_three_pictures_that_differ(server, tmp_path, capsys, workflow, kind, frames):
+    status = demo.main([server.address, str(workflow), str(tmp_path / "new" / "out")])
     shown = capsys.readouterr()
     assert status == 0, shown.err
     paths = [Path(line) for line in shown.out.splitlines()[-3:]]
-    assert [path.name for path in paths] == ["before.png", "after.png", "side-by-side.png"]
-    before, after, both = (Image.open(path) for path in paths)
-    assert before.size == after.size and before.tobytes() != after.tobytes()
-    assert both.width > 2 * demo.SMALLEST_WIDTH
-    for picture in (before, after):
+    assert [path.name for path in paths] == [f"{name}.{kind}" for name in ("before", "after", "side-by-side")]
+    before, after, both = (demo.unrolled(Image.open(path)) for path in paths)
+    assert len(before) == len(after) == len(both) == frames
+    assert before[0].size == after[0].size and before[0].tobytes() != after[0].tobytes()
+    assert both[0].width > 2 * demo.SMALLEST_WIDTH
+    for picture in (*before, *after):
         assert any(low != high for low, high in picture.getextrema())
+    assert len({picture.tobytes() for picture in before}) == (1 if frames == 1 else 4), "a frame a latent frame"
     assert "with VSF: KSampler step" in shown.out
 
 

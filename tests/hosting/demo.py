@@ -1,4 +1,4 @@
-"""The demo, inside the host's Python: one workflow with and without VSF on a running server, three pictures.
+"""The demo, inside the host's Python: one workflow with and without VSF on a running server, three pictures or clips.
 
 Usage: python -m hosting.demo ADDRESS WORKFLOW.json OUT_DIR
 """
@@ -14,7 +14,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageSequence
 
 from hosting.client import ComfyClient
 from hosting.errors import HostError, PromptFailed
@@ -24,6 +24,7 @@ from hosting.graph import Prompt, only_node, to_prompt, upstream_text, without_n
 VSF_NODES = {"VSFModelPatch": "model", "VSFNegativeConditioning": "positive"}
 SMALLEST_WIDTH = 384
 MARGIN, FONT_SIZE = 12, 16
+FRAME_MS = 150
 
 
 def main(arguments: list[str]) -> int:
@@ -31,30 +32,51 @@ def main(arguments: list[str]) -> int:
     address, workflow, out = arguments
     client, folder = ComfyClient(address), Path(out)
     try:
-        after_graph = to_prompt(json.loads(Path(workflow).read_text(encoding="utf-8")), client.object_info())
+        graph = json.loads(Path(workflow).read_text(encoding="utf-8"))
+        after_graph = to_prompt(graph, client.object_info()) if "nodes" in graph else graph
         before_graph = without_nodes(after_graph, VSF_NODES)
-        after = picture(client, after_graph, "with VSF")
-        before = picture(client, before_graph, "without VSF")
-        both = side_by_side(before, after, captions(after_graph))
+        after = frames(client, after_graph, "with VSF")
+        before = frames(client, before_graph, "without VSF")
+        texts = captions(after_graph)
+        both = [side_by_side(a, b, texts) for a, b in zip(before, after, strict=True)]
     except HostError as error:
         print(f"dev.py: the demo failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
     folder.mkdir(parents=True, exist_ok=True)
-    for name, image in (("before.png", before), ("after.png", after), ("side-by-side.png", both)):
-        image.save(folder / name)
-        print(folder / name)
+    for name, images in (("before", before), ("after", after), ("side-by-side", both)):
+        print(save(images, folder / name))
     return 0
 
 
-def picture(client: ComfyClient, prompt: Prompt, label: str) -> Image.Image:
-    """Runs a graph and fetches the first picture that it saves."""
+def save(images: list[Image.Image], path: Path) -> Path:
+    """Writes a picture as PNG, several as an animated WebP; gives the file's path."""
+    if len(images) == 1:
+        images[0].save(path.with_suffix(".png"))
+        return path.with_suffix(".png")
+    rest = {"save_all": True, "append_images": images[1:], "duration": FRAME_MS, "loop": 0, "quality": 90}
+    images[0].save(path.with_suffix(".webp"), **rest)
+    return path.with_suffix(".webp")
+
+
+def frames(client: ComfyClient, prompt: Prompt, label: str) -> list[Image.Image]:
+    """Runs a graph and fetches the first picture that it saves: one frame, or those of an animated one."""
     outputs = client.run(prompt, progress_line(prompt, label))
     refs = [ref for output in outputs.values() for ref in output.get("images", [])]
     if not refs:
         raise PromptFailed(f"the graph {label} saved no picture")
-    return Image.open(BytesIO(client.image(refs[0]))).convert("RGB")
+    return unrolled(Image.open(BytesIO(client.image(refs[0]))))
+
+
+def unrolled(image: Image.Image) -> list[Image.Image]:
+    """A picture, or the frames of an animated one at equal pace: equal frames in a row are stored as one that lasts."""
+    shown = []
+    for frame in ImageSequence.Iterator(image):
+        picture = frame.convert("RGB")  # loads the frame, and with it how long it lasts
+        shown.append((picture, frame.info.get("duration", 0)))
+    shortest = min(duration for _, duration in shown) or 1
+    return [picture for picture, duration in shown for _ in range(max(1, round(duration / shortest)))]
 
 
 def progress_line(prompt: Prompt, label: str) -> Callable[[str, int, int], None]:

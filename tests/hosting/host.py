@@ -220,10 +220,11 @@ class HostCache:
         return kept
 
     def models(self, python: Path, tree: Path) -> Path:
-        """The folder of tiny random models, made by this repository's own script inside the host."""
+        """The folder of tiny models, made by this repository's own script inside the host."""
         folder = self.root / "models"
-        sources = sorted(TINY_MODELS.parent.glob("*.py")) if TINY_MODELS.exists() else []
-        wanted = fingerprint(*(path.read_text(encoding="utf-8") for path in sources)) if sources else ""
+        beside = TINY_MODELS.parent
+        sources = sorted([*beside.glob("*.py"), *beside.glob("weights/*.safetensors")]) if TINY_MODELS.exists() else []
+        wanted = fingerprint(*(hashlib.sha256(path.read_bytes()).hexdigest() for path in sources)) if sources else ""
         if wanted and marked(folder) != wanted:
             self.say("making the tiny models")
             part = temporary(folder)

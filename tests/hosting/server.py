@@ -52,8 +52,18 @@ def check_port(port: int) -> None:
             raise PortTaken(f"port {port} can't be used ({error}): choose another") from None
 
 
+def place(pack: Path, target: Path) -> None:
+    """Makes a pack's folder appear at `target`."""
+    try:
+        target.symlink_to(pack.resolve(), target_is_directory=True)
+    except OSError:  # Windows without the right to make links
+        shutil.copytree(pack, target, ignore=NOT_COPIED)
+
+
 class ComfyServer:
     """A server of the given ComfyUI tree with `pack` in its custom_nodes and `models` as an extra models folder.
+
+    `extra_nodes` are further folders for its custom_nodes.
 
     Use it in a `with` statement: it answers on `address` inside, and is gone, with all its files, afterwards.
     """
@@ -66,11 +76,12 @@ class ComfyServer:
         models: Path | str | None,
         port: int | None = None,
         extra_args: Sequence[str] = (),
+        extra_nodes: Sequence[Path] = (),
         start_seconds: float = START_SECONDS,
     ) -> None:
         self.tree, self.python, self.pack = Path(tree), Path(python), Path(pack)
         self.models = Path(models) if models else None
-        self.wanted_port, self.extra_args = port, list(extra_args)
+        self.wanted_port, self.extra_args, self.extra_nodes = port, list(extra_args), list(extra_nodes)
         self.start_seconds, self.stop_seconds = start_seconds, STOP_SECONDS
         self.base: Path | None = None
         self.process: subprocess.Popen | None = None
@@ -97,7 +108,8 @@ class ComfyServer:
         self.base = Path(tempfile.mkdtemp(prefix="comfyui-vsf-"))
         for name in FOLDERS:
             (self.base / name).mkdir()
-        self._place_pack(self.base / "custom_nodes" / PACK_NAME)
+        for name, source in {PACK_NAME: self.pack, **{path.name: path for path in self.extra_nodes}}.items():
+            place(source, self.base / "custom_nodes" / name)
         command = [str(self.python), str(self.tree / "main.py"), *FLAGS, "--base-directory", str(self.base)]
         command += ["--listen", "127.0.0.1", "--port", str(port), *self._models_arguments(), *self.extra_args]
         env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -112,12 +124,6 @@ class ComfyServer:
                 start_new_session=True,
             )
         self._wait_until_it_answers()
-
-    def _place_pack(self, target: Path) -> None:
-        try:
-            target.symlink_to(self.pack.resolve(), target_is_directory=True)
-        except OSError:  # Windows without the right to make links
-            shutil.copytree(self.pack, target, ignore=NOT_COPIED)
 
     def _models_arguments(self) -> list[str]:
         """Names every folder below `models` to ComfyUI. The file is JSON, which is YAML too."""

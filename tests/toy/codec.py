@@ -143,14 +143,15 @@ def _blank(name: str) -> dict[str, Tensor]:
 
 
 def write(folder: Path) -> None:
-    """Both files, in fp16, where ComfyUI's VAELoader finds them as "taesd3"."""
+    """The files, in fp16, where ComfyUI's VAELoader finds them as "taesd3" and, for Flux, "taef1"."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, state in {"encoder": encoder(), "decoder": decoder()}.items():
-        path = folder / f"taesd3_{name}.safetensors"
-        save_file({key: value.half().contiguous() for key, value in state.items()}, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
+        for model in ("taesd3", "taef1"):  # the same: each scales latents as its model does
+            path = folder / f"{model}_{name}.safetensors"
+            save_file({key: value.half().contiguous() for key, value in state.items()}, path.with_suffix(".part"))
+            path.with_suffix(".part").replace(path)
 
 
 WAN_FILE = "vsf_tiny_wan_vae.safetensors"

@@ -6,7 +6,6 @@ loaders read off the weights.
 """
 
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -218,21 +217,22 @@ def unpacked(state: StateDict) -> StateDict:
         if key in WIDE:
             out[key] = torch.nn.functional.pad(out[key], (0, WIDE[key] - value.shape[1]))
     # Flux's files say scale where ComfyUI's newer classes say weight
-    return {key.replace("query_norm.weight", "query_norm.scale").replace("key_norm.weight", "key_norm.scale"): value
-            for key, value in out.items()}
+    return {
+        key.replace("query_norm.weight", "query_norm.scale").replace("key_norm.weight", "key_norm.scale"): value
+        for key, value in out.items()
+    }
 
 
 def write_all(out: Path) -> None:
     """The demo's models, each written whole or not at all."""
-    _copy(WEIGHTS / "sd3.safetensors", out / "diffusion_models" / "vsf_tiny_sd3.safetensors")
+    from safetensors.torch import load_file
+
+    for path in WEIGHTS.glob("*.safetensors"):
+        state = {key: value.half() for key, value in unpacked(load_file(path)).items()}
+        _save(state, out / "diffusion_models" / f"vsf_tiny_{path.name}")
     _save(clip_l(), out / "text_encoders" / "vsf_tiny_clip_l.safetensors")
     codec.write(out / "vae_approx")
-
-
-def _copy(source: Path, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
+    codec.write_wan(out / "vae")
 
 
 def _save(state: StateDict, path: Path) -> None:

@@ -2,8 +2,10 @@
 
     VSF_COMFYUI=... python tests/toy/train.py --family sd3 --out sd3.safetensors --steps 4000 --resume
 
-One core does it in about an hour. The checkpoint beside the output (``.ckpt``) is written every few minutes;
-``--resume`` goes on from it. A GPU is used where there is one.
+One core does it in about an hour. The last ``--anneal`` steps show fewer scenes of parts alone, at a small learning
+rate: a part alone teaches what its word means, but also that what goes unnamed may be missing. The checkpoint beside
+the output (``.ckpt``) is written every few minutes; ``--resume`` goes on from it. A GPU is used where
+there is one.
 """
 
 import argparse
@@ -180,11 +182,18 @@ def plain_attention(
     return z.transpose(1, 2).reshape(n, z.shape[2], -1)
 
 
-def examples(name: str, family: Family, seed: int, drop: float = 0.05) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+ANNEAL_RATE, ANNEAL_ALONE = 2e-4, 0.08
+"""Learning rate at the beginning of the last phase, and its share of scenes without a body."""
+
+
+def examples(
+    name: str, family: Family, seed: int, alone: float, drop: float = 0.05
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Endless (latents, context, pooled); a share ``drop`` of the captions is empty, for CFG's sake."""
     embed = captions.Captions(name)
     g = torch.Generator().manual_seed(seed)
-    sources = [world.batches(seed + k, batch, frames=frames) for k, (frames, batch) in enumerate(family.menu)]
+    menu = enumerate(family.menu)
+    sources = [world.batches(seed + k, batch, frames=frames, alone=alone) for k, (frames, batch) in menu]
     for source in itertools.cycle(sources):
         pictures, texts = next(source)
         dropped = torch.rand(len(texts), generator=g) < drop
@@ -198,11 +207,14 @@ def random_sigmas(n: int, shift: float, g: torch.Generator) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def rate(step: int, steps: int, top: float, warm: int = 150) -> float:
-    """Warm-up, then a cosine down to a hundredth."""
+def rate(step: int, steps: int, anneal: int, top: float, warm: int = 150) -> float:
+    """Warm-up, then a cosine down to a hundredth; another one down to nothing over the last ``anneal`` steps."""
+    main = steps - anneal
     if step < warm:
         return top * (step + 1) / warm
-    return top * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))))
+    if step < main:
+        return top * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, main - warm))))
+    return ANNEAL_RATE * 0.5 * (1 + math.cos(math.pi * (step - main) / anneal))
 
 
 def train(options: argparse.Namespace) -> None:
@@ -224,11 +236,13 @@ def train(options: argparse.Namespace) -> None:
     g = torch.Generator().manual_seed(options.seed + start)
     began = last_save = time.monotonic()
     losses = []
-    for step, (data, context, pooled) in enumerate(examples(options.family, family, options.seed + start), start):
-        if step >= options.steps:
-            break
+    main = options.steps - options.anneal
+    phases = [examples(options.family, family, options.seed + start, alone) for alone in (world.ALONE, ANNEAL_ALONE)]
+    for step in range(start, options.steps):
+        annealing = step >= main
+        data, context, pooled = next(phases[annealing])
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, options.steps, options.rate)
+            group["lr"] = rate(step, options.steps, options.anneal, options.rate)
         sigma = random_sigmas(len(data), family.shift, g)
         noise = torch.randn(data.shape, generator=g)
         mixed = data + sigma.view(-1, *[1] * (data.ndim - 1)) * (noise - data)
@@ -241,7 +255,8 @@ def train(options: argparse.Namespace) -> None:
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        keep = min(0.999, (step + 1) / (step + 10))
+        age = step - main if annealing else step
+        keep = min(0.999, (age + 1) / (age + 10))
         with torch.no_grad():
             for key, value in model.state_dict().items():
                 average[key].lerp_(value, 1 - keep)
@@ -284,6 +299,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--family", choices=sorted(FAMILIES), required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--anneal", type=int, default=500, help="how many of the steps are the last phase")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)

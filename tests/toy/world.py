@@ -507,15 +507,17 @@ def words() -> list[str]:
     return list(dict.fromkeys([*others, *named, *EXTRAS, *adjectives]))
 
 
-def batches(seed: int, size: int, chunk: int = 32, frames: int = 0) -> Iterator[tuple[Array, list[str]]]:
+def batches(
+    seed: int, size: int, chunk: int = 32, frames: int = 0, alone: float = ALONE
+) -> Iterator[tuple[Array, list[str]]]:
     """Endless training batches: pictures [size, 3, 32, 32] and captions; ``chunk`` batches are drawn at a time.
 
-    With ``frames``, clips [size, 3, frames, 32, 32].
+    With ``frames``, clips [size, 3, frames, 32, 32]. alone: as in ``sample_scenes``.
     """
     rng = np.random.default_rng(seed)
     while True:
         share = rng.multinomial(size * chunk, [1 / len(THINGS)] * len(THINGS))
-        groups = [sample_scenes(rng, thing, n) for thing, n in zip(THINGS, share, strict=True)]
+        groups = [sample_scenes(rng, thing, n, alone) for thing, n in zip(THINGS, share, strict=True)]
         pictures = np.concatenate([draw_clips(scenes, frames) if frames else draw(scenes) for scenes in groups])
         texts = [text for scenes in groups for text in captions(rng, scenes)]
         for rows in rng.permutation(size * chunk).reshape(chunk, size):

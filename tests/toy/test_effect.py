@@ -1,4 +1,4 @@
-"""The shipped toy model draws what nobody asked to leave out, and VSF takes it away, through the pack's own nodes."""
+"""The shipped toy models draw what nobody asked to leave out, and VSF takes it away, through the pack's own nodes."""
 
 from functools import cache
 
@@ -7,44 +7,50 @@ import pytest
 import sampling
 import world
 
-WEIGHTS = sampling.WEIGHTS / "sd3.safetensors"
-SCALE, OFFSET = 3.3, 0.0
-"""Chosen on validation pairs; the test pairs below are other objects."""
-SEEDS = range(3000, 3004)
+CHOSEN = {"sd3": (3.3, 0.0), "flux": (3.3, 0.2), "wan": (2.0, 0.2)}
+"""Scale and offset; SD3's was chosen on validation pairs. The test pairs below are other objects."""
+REMOVED = {"sd3": 0.80, "flux": 0.80, "wan": 0.45}
+"""How often at least the part is gone with them."""
+MISSING = {"sd3": 0.10, "flux": 0.30, "wan": 0.35}
+"""How often at most the toys forget a part that nobody asked to leave out. They are undertrained, Wan most of all."""
+SEEDS = {"sd3": range(3000, 3003), "flux": range(3000, 3004), "wan": range(3000, 3002)}
+
+
+@pytest.fixture(scope="module", params=CHOSEN)
+def family(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def toy():
-    return sampling.Toy(WEIGHTS)
-
-
-@pytest.fixture(scope="module")
-def rates(toy):
+def rates(family):
     """method, settings -> (positive, negative): how often the object is there, and the part gone."""
+    toy = sampling.Toy(family)
 
     @cache
     def measure(method, **settings):
         scores = []
         for case in sampling.cases(world.pairs(world.TEST), prompts=1):
-            scores.append(sampling.score(toy.pictures(case, method, settings, list(SEEDS)), case))
+            scores.append(sampling.score(toy.pictures(case, method, settings, list(SEEDS[family])), case))
         return np.mean([s.positive for s in scores]), np.mean([s.negative for s in scores])
 
     return measure
 
 
-def test_without_a_negative_the_parts_are_there(rates):
+def test_without_a_negative_the_parts_are_there(rates, family):
     positive, negative = rates("none")
     assert positive >= 0.95
-    assert negative <= 0.10
+    assert negative <= MISSING[family]
 
 
-def test_vsf_removes_them_and_keeps_the_object(rates):
-    positive, negative = rates("vsf", scale=SCALE, offset=OFFSET)
-    assert negative >= 0.80
+def test_vsf_removes_them_and_keeps_the_object(rates, family):
+    scale, offset = CHOSEN[family]
+    positive, negative = rates("vsf", scale=scale, offset=offset)
+    assert negative >= REMOVED[family]
     assert positive >= 0.90
 
 
-def test_the_flipped_sign_does_it(rates):
+def test_the_flipped_sign_does_it(rates, family):
     """With alpha's sign turned round the negative is one more wish, and the parts stay."""
-    _, negative = rates("vsf", scale=-SCALE, offset=OFFSET)
-    assert negative <= 0.25
+    scale, offset = CHOSEN[family]
+    _, negative = rates("vsf", scale=-scale, offset=offset)
+    assert negative <= MISSING[family]

@@ -247,6 +247,15 @@ def test_models_are_made_once_and_again_when_their_script_changes(cache):
         assert (cache.host().models / name).exists()
 
 
+def test_models_are_made_again_when_trained_weights_change(cache):
+    weights = hosting_host.TINY_MODELS.parent / "weights"
+    weights.mkdir()
+    write_tiny("(out / (pathlib.Path(__file__).parent / 'weights' / 'a.safetensors').read_text()).touch()")
+    for name in ("one", "two"):
+        (weights / "a.safetensors").write_text(name)
+        assert (cache.host().models / name).exists()
+
+
 def test_failing_models_script_shows_its_error_and_is_not_taken_for_done(cache):
     write_tiny("(out / 'half').touch(); raise ValueError('too tiny')")
     for _ in range(2):

@@ -85,6 +85,8 @@ class Forward:
     tokens: int
     alpha: Tensor
     bias: Tensor
+    nowhere: Tensor
+    """Like ``bias``, but +inf: that of blocks which are not selected."""
     padding: Tensor | None
     released: Released | None
     """Set where the layout is that of the authors' released pipeline."""
@@ -97,11 +99,10 @@ class Forward:
     """int [2, blocks]: how often each block ran, and how often its attention over text did. On the CPU: read without
     waiting for a device."""
 
-    def place(self, block: Block) -> "Place":
-        """What the attention inside a block gets to know of where it is."""
+    def place(self, block: Block, seen: Tensor) -> "Place":
+        """What the attention inside a block gets to know of where it is; ``seen`` counts its calls."""
         selected = block in self.run.selected
-        bias = self.bias if selected else torch.full_like(self.bias, torch.inf)
-        return Place(block[0], selected, bias, self.reached[1, self.run.blocks.index(block)])
+        return Place(block[0], selected, self.bias if selected else self.nowhere, seen)
 
     def signature(self) -> str:
         """All that a graph compiled for this pass takes for granted and torch.compile does not guard: no values."""
@@ -128,7 +129,7 @@ class Place:
         self.seen.add_(1)
         if torch.compiler.is_compiling():
             return True
-        run.paths.add(path if self.selected else "none in blocks that are not selected")
+        run.paths.add(path if self.selected else "not selected")
         return self.selected
 
 
@@ -303,12 +304,16 @@ class VSFPatch:
     ) -> Forward:
         bias, length = ours["bias"].float(), ours["tokens"].shape[1]
         is_padding = torch.isinf(bias[:, 0])
+        references = self.family.reference_tokens(conds, diffusion_model)
+        image_bias = self._image_bias(bias, ours.get("mask"), latent, references)
+        all_selected = len(run.selected) == len(run.blocks)
         return Forward(
             family=self.family,
             run=run,
             tokens=length,
             alpha=ours["alpha"].float(),
-            bias=self._image_bias(bias, ours.get("mask"), latent, self.family.reference_tokens(conds, diffusion_model)),
+            bias=image_bias,
+            nowhere=image_bias if all_selected else torch.full_like(image_bias, torch.inf),
             padding=is_padding if is_padding.shape[1] > 1 else None,
             released=self._released,
             hidden=is_padding.expand(-1, length) if self._released is not None and ours["mixed"] else None,
@@ -437,7 +442,7 @@ def _run_block(block: Block, position: int, previous: Callable | None, args: dic
     def original(inner: dict) -> dict:
         options = inner["transformer_options"]
         forward: Forward = options[FORWARD_KEY]
-        here: dict[str, Any] = {PLACE_KEY: forward.place(block)}
+        here: dict[str, Any] = {PLACE_KEY: forward.place(block, forward.reached[1, position])}
         if not forward.family.cross:  # else the override is in force already
             layout = forward.family.layout(block[0], inner, forward.tokens)
             here[OVERRIDE] = partial(_joint_override, layout, options.get(OVERRIDE))
@@ -464,8 +469,9 @@ def _cross_override(previous: Callable | None, func: Callable, *args: Any, **kwa
     q, k, v = host.split()
     n = forward.tokens
     positive, negative = (k[:, :, n:], v[:, :, n:]), (k[:, :, :n], v[:, :, :n])
-    # outside a block patch (VACE) the block before it is the host
-    place: Place = host.options.get(PLACE_KEY) or forward.place(("double", host.options["block_index"]))
+    place: Place | None = host.options.get(PLACE_KEY)
+    if place is None:  # outside a block patch (VACE): the block before it is the host, but its own call is what counts
+        place = forward.place(("double", host.options["block_index"]), torch.zeros_like(forward.reached[1, 0]))
     shared = (q, *positive, *negative, forward.alpha, place.bias)
     attend = forward.attend if host.is_sdpa else None
     if not place.enter(forward.run, _path(host, attend)):
@@ -489,9 +495,11 @@ def _joint_override(
     q, k, v = host.split()
     mask = _total_mask(host.mask, layout, place.kind, forward, q.dtype)
     attend = forward.attend if host.is_sdpa and mask is None else None
-    bias = place.bias if place.enter(forward.run, _path(host, attend)) else None
+    ordinary = forward.released is not None and place.kind not in forward.released.kinds
+    path = "ordinary text" if ordinary else _path(host, attend)
+    bias = place.bias if place.enter(forward.run, path) else None
     shared = (q, k, v, layout, forward.alpha, bias)
-    if forward.released is not None and place.kind not in forward.released.kinds:
+    if ordinary:
         out = host.black_box(q, k, v, mask)
     elif attend is not None:
         out = joint_attention(*shared, attend, forward.padding, host.scale)

@@ -7,6 +7,7 @@ The generated encoders' layers pass their input on, so that an embedding is a to
 import io
 import zlib
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import tiny
@@ -79,6 +80,7 @@ def t5_table() -> Tensor:
     return torch.randn(32128, WIDTH, generator=torch.Generator().manual_seed(0)).half().float()
 
 
+@cache
 def sentencepiece_model() -> bytes:
     """umt5's tokenizer file for the world's words and no others: each is one piece."""
     import sentencepiece
@@ -118,9 +120,10 @@ class Captions:
         self.family = family
         self.tokenize = load_clip(family).tokenize
         self.key = {"sd3": "l", "flux": "t5xxl", "wan": "umt5xxl"}[family]
-        clip_l = tiny.clip_l()
-        self.tokens = clip_l["text_model.embeddings.token_embedding.weight"].float()
-        self.positions = clip_l["text_model.embeddings.position_embedding.weight"].float()
+        if family != "wan":  # Wan has no CLIP
+            clip_l = tiny.clip_l()
+            self.tokens = clip_l["text_model.embeddings.token_embedding.weight"].float()
+            self.positions = clip_l["text_model.embeddings.position_embedding.weight"].float()
         if family == "flux":
             self.table = _rms(t5_table())
         elif family == "wan":

@@ -63,13 +63,18 @@ def sd3(depth: int = 3, context: int = 64, self_attn_layers: Sequence[int] = (),
     return randomize(model.state_dict(), seed)
 
 
-def flux(
-    hidden: int = 256, double: int = 2, single: int = 2, context: int = 64, guidance: bool = False, seed: int = 0
-) -> StateDict:
-    """A Flux.1-format model; ``guidance``: Dev's guidance embedding, which Schnell lacks."""
+def flux(seed: int = 0, **config) -> StateDict:
+    """A Flux.1-format model of random weights, as ``flux_model`` builds it."""
+    return randomize(flux_model(**config).state_dict(), seed)
+
+
+def flux_model(
+    hidden: int = 256, double: int = 2, single: int = 2, context: int = 64, guidance: bool = False
+) -> torch.nn.Module:
+    """ComfyUI's Flux.1 class; ``guidance``: Dev's guidance embedding, which Schnell lacks."""
     from comfy.ldm.flux.model import Flux
 
-    model = Flux(
+    return Flux(
         in_channels=16,
         out_channels=16,
         vec_in_dim=768,
@@ -88,19 +93,19 @@ def flux(
         operations=torch.nn,
         dtype=torch.float32,
     )
-    return randomize(model.state_dict(), seed)
 
 
-def wan(
-    kind: str = "t2v",
-    dim: int = 256,
-    layers: int = 3,
-    context: int = 4096,
-    frames_tokens: int | None = None,
-    seed: int = 0,
-) -> StateDict:
-    """A Wan-format model: t2v, i2v (CLIP-vision tokens; ``frames_tokens`` 514: first and last frame), vace, 5b, control
-    (Fun control: CLIP-vision tokens, a reference frame before the video), camera (Fun camera 2.1), camera_2.2."""
+def wan(kind: str = "t2v", seed: int = 0, **config) -> StateDict:
+    """A Wan-format model of random weights, as ``wan_model`` builds it."""
+    return randomize(wan_model(kind, **config).state_dict(), seed)
+
+
+def wan_model(
+    kind: str = "t2v", dim: int = 256, layers: int = 3, context: int = 4096, frames_tokens: int | None = None
+) -> torch.nn.Module:
+    """ComfyUI's class of a Wan model: t2v, i2v (CLIP-vision tokens; ``frames_tokens`` 514: first and last frame),
+    vace, 5b, control (Fun control: CLIP-vision tokens, a reference frame before the video), camera (Fun camera 2.1),
+    camera_2.2."""
     from comfy.ldm.wan.model import CameraWanModel, VaceWanModel, WanModel
 
     channels = {
@@ -119,17 +124,15 @@ def wan(
         "dtype": torch.float32,
     }
     if kind == "vace":
-        model = VaceWanModel(vace_layers=layers, vace_in_dim=96, **config)
-    elif kind.startswith("camera"):
-        model = CameraWanModel(model_type=kind, **config)
-    else:
-        model = WanModel(
-            model_type="i2v" if kind in ("i2v", "control") else "t2v",
-            flf_pos_embed_token_number=frames_tokens,
-            in_dim_ref_conv=16 if kind == "control" else None,
-            **config,
-        )
-    return randomize(model.state_dict(), seed)
+        return VaceWanModel(vace_layers=layers, vace_in_dim=96, **config)
+    if kind.startswith("camera"):
+        return CameraWanModel(model_type=kind, **config)
+    return WanModel(
+        model_type="i2v" if kind in ("i2v", "control") else "t2v",
+        flf_pos_embed_token_number=frames_tokens,
+        in_dim_ref_conv=16 if kind == "control" else None,
+        **config,
+    )
 
 
 def clip_l(seed: int = 0) -> StateDict:

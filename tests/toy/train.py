@@ -91,28 +91,9 @@ class Flux:
 
     def build(self) -> torch.nn.Module:
         import comfy.ldm.flux.math as flux_math
-        import comfy.ldm.flux.model as flux
 
         flux_math.optimized_attention = plain_attention
-        model = flux.Flux(
-            in_channels=codec.CHANNELS,
-            out_channels=codec.CHANNELS,
-            vec_in_dim=captions.POOLED,
-            context_in_dim=captions.WIDTH,
-            hidden_size=256,
-            mlp_ratio=4.0,
-            num_heads=2,
-            depth=2,
-            depth_single_blocks=2,
-            axes_dim=[16, 56, 56],
-            theta=10000,
-            patch_size=2,
-            qkv_bias=True,
-            guidance_embed=False,
-            txt_ids_dims=[],
-            operations=torch.nn,
-            dtype=torch.float32,
-        )
+        model = tiny.flux_model(hidden=256, double=2, single=2, context=captions.WIDTH)
         zeros = ("img_mod.lin", "txt_mod.lin", "modulation.lin", "adaLN_modulation", "final_layer.linear")
         return initialised(model, ones=("query_norm.weight", "key_norm.weight"), zeros=zeros)
 
@@ -132,18 +113,7 @@ class Wan:
         import comfy.ldm.wan.model as wan
 
         wan.optimized_attention = plain_attention
-        model = wan.WanModel(
-            model_type="t2v",
-            in_dim=codec.CHANNELS,
-            out_dim=codec.CHANNELS,
-            dim=256,
-            ffn_dim=512,
-            text_dim=captions.WIDTH,
-            num_heads=2,
-            num_layers=4,
-            operations=torch.nn,
-            dtype=torch.float32,
-        )
+        model = tiny.wan_model("t2v", dim=256, layers=4, context=captions.WIDTH)
         model = initialised(model, ones=("norm_q.weight", "norm_k.weight"), zeros=("time_projection", "head.head"))
         for name, parameter in model.named_parameters():
             if name.endswith("modulation"):

@@ -1,13 +1,25 @@
 """One attention call of ComfyUI's, as ``optimized_attention_override`` is asked about it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import comfy.ldm.modules.attention as comfy_attention
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..vsf_core import LSEAttention, lse_attention
+
 OVERRIDE = "optimized_attention_override"
+LIBRARIES = {
+    "attention_pytorch": "torch",
+    "attention_sage": "sageattention",
+    "attention_flash": "flash_attn",
+    "attention_xformers": "xformers",
+}
+"""ComfyUI's attention functions whose library can return the log-sum-exp (``vsf_core.lse_attention``)."""
 
 
 class HostAttention:
@@ -36,7 +48,7 @@ class HostAttention:
         self.options: dict = kwargs["transformer_options"]
         self.scale: float | None = kwargs.get("scale")
         self.name: str = getattr(previous or func, "__name__", "override")
-        self.is_sdpa = previous is None and func.__name__ == "attention_pytorch"
+        self.library = LIBRARIES.get(func.__name__) if previous is None else None
         # what runs inside sees the slot as it was before us
         options = {key: value for key, value in self.options.items() if key != OVERRIDE}
         options = options if previous is None else {**options, OVERRIDE: previous}
@@ -69,3 +81,64 @@ class HostAttention:
     def join(self, out: Tensor) -> Tensor:
         """[B, H, L, D] in the shape that the caller expects."""
         return out if self.keeps_heads else out.transpose(1, 2).flatten(2)
+
+
+@dataclass(frozen=True, eq=False)
+class Backend:
+    """How the attention over text is computed instead of ComfyUI's call, while that is the one it was made for."""
+
+    library: str | None
+    """Whose calls ``attend`` stands for (``LIBRARIES``); None: those of any other attention."""
+    attend: LSEAttention | None
+    """None: the call itself, with a mask of one row."""
+    deaf: str | None = None
+    """The name of an attention that ignores masks, so that PyTorch's runs in its place."""
+
+    def attention(self, host: HostAttention) -> LSEAttention | None:
+        """What returns the log-sum-exp for this call, or None."""
+        return self.attend if host.library == self.library else None
+
+    def masked(self, host: HostAttention) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
+        """An attention that takes an additive mask."""
+        return host.black_box if self.deaf is None else partial(_sdpa, scale=host.scale)
+
+
+def choose_backend(options: Mapping[str, Any], device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
+    """The backend for a forward pass with these ``transformer_options``. Raises ``RuntimeError`` if there is none."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 64, head_dim, generator=g).to(device, dtype) for _ in range(3))
+    func = comfy_attention.optimized_attention
+    func = getattr(func, "__wrapped__", func)
+    options = {"block_index": 0, **options}
+    host = HostAttention(options.get(OVERRIDE), func, q, k, v, 2, skip_reshape=True, transformer_options=options)
+    attend = host.library and lse_attention(device, dtype, head_dim, host.library)
+    if attend or _heeds_masks(host):
+        return Backend(host.library, attend or None)
+    attend = lse_attention(device, dtype, head_dim)
+    if attend is None:
+        raise RuntimeError(
+            f"VSF: the attention in use ({host.name}) ignores masks, and PyTorch's own returns no log-sum-exp on "
+            f"{device.type} in {dtype}. Use another attention: remove the node that sets this one, or start ComfyUI "
+            "with --use-pytorch-cross-attention."
+        )
+    return Backend(host.library, attend, deaf=host.name)
+
+
+def _heeds_masks(host: HostAttention) -> bool:
+    """Whether the host's attention applies an additive mask of one row; SageAttention's kernels, for one, do not.
+
+    True where the attempt fails: then the real call will fail too, and say why.
+    """
+    q, k, v = host.given
+    mask = torch.zeros(1, 1, 1, k.shape[2]).to(q)
+    mask[..., k.shape[2] // 2 :] = -torch.inf
+    try:
+        out = host.black_box(q, k, v, mask)
+    except Exception:
+        return True
+    masked, unmasked = (_sdpa(q, k, v, m, host.scale) for m in (mask, None))
+    return bool((out - masked).abs().max() < (out - unmasked).abs().max())
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)

@@ -27,12 +27,11 @@ from ..vsf_core import (
     cross_attention_masked,
     joint_attention,
     joint_attention_masked,
-    lse_attention,
 )
 from .blocks import Block, all_blocks, parse_blocks
 from .compiled import is_compiled, told_apart, unwrapped
 from .families import Family, Released
-from .host_attention import OVERRIDE, HostAttention
+from .host_attention import OVERRIDE, Backend, HostAttention, choose_backend
 from .negative import KEY, PREFIX, Negative, count_tokens, negatives_of, step_conds
 
 log = logging.getLogger(__name__)
@@ -69,6 +68,7 @@ class Run:
     latent_frames: int | None
     paths: set[str] = field(default_factory=set)
     cache: dict = field(default_factory=dict)
+    backends: dict[Callable | None, Backend] = field(default_factory=dict)
     reported: bool = False
 
 
@@ -92,7 +92,7 @@ class Forward:
     """Set where the layout is that of the authors' released pipeline."""
     hidden: Tensor | None
     """bool [B, N]: which tokens of N, where the released layout shows it as ordinary text, are padding."""
-    attend: LSEAttention | None
+    backend: Backend
     text: int
     """Length of the whole text stream, N included."""
     reached: Tensor
@@ -107,9 +107,11 @@ class Forward:
     def signature(self) -> str:
         """All that a graph compiled for this pass takes for granted and torch.compile does not guard: no values."""
         shapes = (self.tokens, *self.alpha.shape, *self.bias.shape)
-        kinds = (self.padding is None, self.hidden is None, self.released is None, self.attend is None)
+        kinds = (self.padding is None, self.hidden is None, self.released is None)
         blocks = "".join(str(int(block in self.run.selected)) for block in self.run.blocks)
-        return "_".join(map(str, (*shapes, *map(int, kinds), blocks)))
+        b = self.backend
+        attention = (b.library, b.attend and b.attend.__name__, b.deaf is None)
+        return "_".join(map(str, (*shapes, *map(int, kinds), *attention, blocks)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,11 +285,11 @@ class VSFPatch:
         if self.family.cross:
             ours = self._unmistakable(ours, x, c_crossattn.shape[1], kwargs, diffusion_model)
         tokens = ours["tokens"].to(c_crossattn)
-        dtype = executor.class_obj.get_dtype_inference()
+        backend = self._backend(run, transformer_options, x.device, executor.class_obj)
         # N0 goes before P: text has no order here, and what is left of the sequence is then one contiguous view.
         copy = [tokens] if self._released is not None and self._released.copy else []
         context = torch.cat([tokens, c_crossattn, *copy], dim=1)
-        forward = self._forward(run, ours, context.shape[1], x, kwargs, dtype, diffusion_model)
+        forward = self._forward(run, ours, context.shape[1], x, kwargs, backend, diffusion_model)
         if kwargs.get("attention_mask") is not None:
             kwargs["attention_mask"] = _grown_mask(kwargs["attention_mask"], tokens.shape[1])
         if "pooled" in ours:
@@ -299,8 +301,21 @@ class VSFPatch:
         self._check_reached(run, forward, compiled)
         return result
 
+    def _backend(self, run: Run, options: dict, device: torch.device, model: Any) -> Backend:
+        """Chosen once a run for each override that it meets."""
+        override = options.get(OVERRIDE)
+        if override not in run.backends:
+            head_dim = self.family.head_dim(unwrapped(model.diffusion_model))
+            chosen = run.backends[override] = choose_backend(options, device, model.get_dtype_inference(), head_dim)
+            if chosen.deaf is not None:
+                log.warning(
+                    f"VSF: the attention in use ({chosen.deaf}) ignores masks and returns no log-sum-exp, so VSF "
+                    "would not be exact on it. Where the image attends to text, PyTorch's runs instead."
+                )
+        return run.backends[override]
+
     def _forward(
-        self, run: Run, ours: dict, text: int, latent: Tensor, conds: dict, dtype: torch.dtype, diffusion_model: Any
+        self, run: Run, ours: dict, text: int, latent: Tensor, conds: dict, backend: Backend, diffusion_model: Any
     ) -> Forward:
         bias, length = ours["bias"].float(), ours["tokens"].shape[1]
         is_padding = torch.isinf(bias[:, 0])
@@ -317,7 +332,7 @@ class VSFPatch:
             padding=is_padding if is_padding.shape[1] > 1 else None,
             released=self._released,
             hidden=is_padding.expand(-1, length) if self._released is not None and ours["mixed"] else None,
-            attend=lse_attention(latent.device, dtype, self.family.head_dim(diffusion_model)),
+            backend=backend,
             text=text,
             reached=torch.zeros(2, len(run.blocks), dtype=torch.int32),
         )
@@ -473,13 +488,13 @@ def _cross_override(previous: Callable | None, func: Callable, *args: Any, **kwa
     if place is None:  # outside a block patch (VACE): the block before it is the host, but its own call is what counts
         place = forward.place(("double", host.options["block_index"]), torch.zeros_like(forward.reached[1, 0]))
     shared = (q, *positive, *negative, forward.alpha, place.bias)
-    attend = forward.attend if host.is_sdpa else None
-    if not place.enter(forward.run, _path(host, attend)):
+    attend = forward.backend.attention(host)
+    if not place.enter(forward.run, _path(forward.backend, host, attend)):
         out = host.black_box(q, *positive, None)
     elif attend is not None:
         out = cross_attention(*shared, attend, host.scale)
     else:
-        out = cross_attention_masked(*shared, host.black_box)
+        out = cross_attention_masked(*shared, forward.backend.masked(host))
     return host.join(out)
 
 
@@ -494,23 +509,26 @@ def _joint_override(
     place: Place = host.options[PLACE_KEY]
     q, k, v = host.split()
     mask = _total_mask(host.mask, layout, place.kind, forward, q.dtype)
-    attend = forward.attend if host.is_sdpa and mask is None else None
+    attend = forward.backend.attention(host) if mask is None else None
+    masked = forward.backend.masked(host)
     ordinary = forward.released is not None and place.kind not in forward.released.kinds
-    path = "ordinary text" if ordinary else _path(host, attend)
+    path = "ordinary text" if ordinary else _path(forward.backend, host, attend)
     bias = place.bias if place.enter(forward.run, path) else None
     shared = (q, k, v, layout, forward.alpha, bias)
     if ordinary:
-        out = host.black_box(q, k, v, mask)
+        out = masked(q, k, v, mask)
     elif attend is not None:
         out = joint_attention(*shared, attend, forward.padding, host.scale)
     else:
-        out = joint_attention_masked(*shared, host.black_box, forward.padding, mask)
+        out = joint_attention_masked(*shared, masked, forward.padding, mask)
     return host.join(out)
 
 
-def _path(host: HostAttention, attend: LSEAttention | None) -> str:
+def _path(backend: Backend, host: HostAttention, attend: LSEAttention | None) -> str:
     """For the log: how VSF's attention is computed."""
-    return f"row mask ({host.name})" if attend is None else f"log-sum-exp merge ({attend.__name__})"
+    if attend is not None:
+        return f"log-sum-exp merge ({attend.__name__})"
+    return f"row mask ({host.name if backend.deaf is None else 'PyTorch'})"
 
 
 def _grown_mask(mask: Tensor, negative: int) -> Tensor:

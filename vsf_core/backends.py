@@ -1,4 +1,7 @@
-"""Attentions that return their log-sum-exp, and the probe that decides whether one can be trusted here."""
+"""Attentions that return their log-sum-exp, and the probe that decides whether one can be trusted here.
+
+The libraries' ones (sageattention, flash_attn, xformers) are imported when they are asked for and at no other time.
+"""
 
 import math
 from collections.abc import Callable
@@ -41,19 +44,65 @@ def cuda_efficient(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) 
     return z, lse[..., : q.shape[2]]
 
 
+def sageattention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """SageAttention 2 (CUDA): 8-bit keys and queries."""
+    from sageattention import sageattn
+
+    return sageattn(*_unit_stride(q, k, v), tensor_layout="HND", is_causal=False, sm_scale=scale, return_lse=True)
+
+
+def flash_attn(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """The flash-attn package (CUDA, ROCm); [B, L, H, D] there."""
+    from flash_attn import flash_attn_func
+
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    z, lse, _ = flash_attn_func(q, k, v, softmax_scale=scale, return_attn_probs=True)
+    return z.transpose(1, 2), lse[..., : q.shape[1]]
+
+
+def xformers(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """xFormers' memory-efficient attention (CUDA, ROCm); [B, L, H, D] there, the log-sum-exp padded by some kernels."""
+    from xformers.ops.fmha import memory_efficient_attention_forward_requires_grad
+
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    z, lse = memory_efficient_attention_forward_requires_grad(q, k, v, scale=scale)
+    return z.transpose(1, 2), lse[..., : q.shape[1]]
+
+
 CANDIDATES: dict[str, tuple[LSEAttention, ...]] = {"cpu": (cpu_flash,), "cuda": (cuda_flash, cuda_efficient)}
+"""PyTorch's own, by type of device; ``cuda`` is ROCm too."""
+LIBRARIES: dict[str, LSEAttention] = {f.__name__: f for f in (sageattention, flash_attn, xformers)}
+SMALL = 256
+"""With this many queries or keys at most, PyTorch's own attention runs although a library was asked for: the negative's
+part is small, and exact instead of in 8 bits."""
 
 
 @lru_cache(maxsize=64)
-def lse_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> LSEAttention | None:
-    """The first attention of this device that returns a right log-sum-exp for this dtype and head dimension, or None.
+def lse_attention(
+    device: torch.device, dtype: torch.dtype, head_dim: int, library: str = "torch"
+) -> LSEAttention | None:
+    """An attention of ``library`` that returns a right log-sum-exp on this device for this dtype and head dimension.
 
-    Tried once per device, dtype and head dimension, on inputs of a few kilobytes.
+    ``library``: "torch" (the first of the device's kernels that does) or one of ``LIBRARIES``. None if there is none:
+    each is tried once per device, dtype and head dimension, on inputs of a few kilobytes.
     """
-    return next((f for f in CANDIDATES.get(device.type, ()) if _trustworthy(f, device, dtype, head_dim)), None)
+    own = next((f for f in CANDIDATES.get(device.type, ()) if _trustworthy(f, device, dtype, head_dim)), None)
+    if library == "torch" or own is None:
+        return own if library == "torch" else None
+    return _large_only(LIBRARIES[library], own) if _trustworthy(LIBRARIES[library], device, dtype, head_dim) else None
+
+
+def _large_only(large: LSEAttention, small: LSEAttention) -> LSEAttention:
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+        return (small if min(q.shape[2], k.shape[2]) <= SMALL else large)(q, k, v, scale)
+
+    attend.__name__ = large.__name__
+    return attend
 
 
 def _trustworthy(attend: LSEAttention, device: torch.device, dtype: torch.dtype, dim: int) -> bool:
+    # 8 bits are coarse; a log-sum-exp to base 2, or of shifted keys, is further off than this
+    tolerance = 0.1 if attend is sageattention else 0.03
     try:
         zeros = torch.zeros(1, 2, 8, dim, device=device, dtype=dtype)
         if not ((attend(zeros, zeros, zeros, None)[1] - math.log(8.0)).abs() < 1e-3).all():
@@ -65,8 +114,7 @@ def _trustworthy(attend: LSEAttention, device: torch.device, dtype: torch.dtype,
         z, lse = attend(q, k, v, None)
         logits = torch.matmul(q.double(), k.double().transpose(-1, -2)) * dim**-0.5
         expected = torch.matmul(logits.softmax(-1), v.double())
-        return bool(
-            (lse.double() - logits.logsumexp(-1)).abs().max() < 2e-2 and (z.double() - expected).abs().max() < 4e-2
-        )
-    except (RuntimeError, NotImplementedError, AttributeError):
+        lse_error = (lse.double() - logits.logsumexp(-1)).abs().max()
+        return bool(lse_error < tolerance and (z.double() - expected).abs().max() < tolerance)
+    except Exception:  # a kernel that is not there or does not take these inputs says so in many ways
         return False

@@ -1,0 +1,162 @@
+"""Whatever attention ComfyUI runs, VSF is exact on it, and leaves it in place where it can be."""
+
+import os
+import subprocess
+import sys
+import types
+
+import comfy.ldm.flux.math
+import comfy.ldm.modules.attention as comfy_attention
+import pytest
+import torch
+from helpers import conditioning, load_flux, load_sd3, load_wan, relative, sample, text, with_override
+from oracle import Expect, oracle_model
+
+FAMILIES = ("sd3", "flux", "wan")
+RUN = {"sd3": {}, "flux": {}, "wan": {"size": (2, 6, 8)}}
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {"sd3": load_sd3(), "flux": load_flux(), "wan": load_wan()}
+
+
+def prompt(family, **options):
+    return conditioning(
+        width=4096 if family == "wan" else 64, pooled_width=768 if family == "flux" else 2048, **options
+    )
+
+
+def both(pack, models, family, model, **options):
+    """(VSF's latent with ``model``, a stock model whose attention may be another; the oracle's)."""
+    positive = prompt(family, **options)
+    negative = text(5, 5, positive[0][0].shape[2])
+    attached = pack.negative(positive, negative=[[negative, {}]])
+    oracle, _ = oracle_model(models[family], [Expect(positive[0][0], negative, 3.3, 0.2)])
+    return sample(pack.patch(model), attached, **RUN[family]), sample(oracle, positive, **RUN[family])
+
+
+def log_lines(caplog):
+    return [r.getMessage() for r in caplog.records if r.getMessage().startswith("VSF")]
+
+
+@pytest.mark.parametrize("name", ["pytorch", "sub_quad", "split", "basic"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_attention_of_comfyui(pack, models, family, name, caplog):
+    """Set by an override, as nodes that let people choose do."""
+    chosen = getattr(comfy_attention, f"attention_{name}")
+    calls = []
+
+    def override(func, *args, **kw):
+        calls.append(name)
+        return chosen(*args, **kw)
+
+    result, expected = both(pack, models, family, with_override(models[family], override))
+    assert relative(result, expected) <= 1e-5
+    assert calls and "row mask (override)" in log_lines(caplog)[-1]
+
+
+@pytest.mark.parametrize(("family", "masked"), [*((family, False) for family in FAMILIES), ("flux", True)])
+def test_attention_that_ignores_masks(pack, models, family, masked, caplog):
+    """SageAttention's kernels take no mask, and what hands it one often drops it without a word.
+
+    ``masked``: the user has an attention mask of their own, which then must hold too."""
+    calls = []
+
+    def deaf(func, q, k, v, heads, mask=None, **kw):
+        calls.append(k.shape[2 if kw.get("skip_reshape") else 1])
+        return func(q, k, v, heads, mask=None, **kw)
+
+    mask = {"attention_mask": torch.randn(1, 13 + 96, 13 + 96), "attention_mask_img_shape": (8, 12)} if masked else {}
+    result, expected = both(pack, models, family, with_override(models[family], deaf), **mask)
+    assert relative(result, expected) <= 1e-5
+    assert any("deaf) ignores masks" in line for line in log_lines(caplog))
+    calls.clear()
+    sample(with_override(pack.patch(models[family]), deaf), prompt(family), **RUN[family])
+    assert len(calls) >= 3 * 3  # without a negative it stays in charge
+
+
+def test_nothing_left_to_run(pack, models, monkeypatch):
+    """An attention without masks on a device without a log-sum-exp: an error, not an inexact picture."""
+    backend = sys.modules[f"{pack.module.__name__}.nodes.host_attention"]
+    monkeypatch.setattr(backend, "lse_attention", lambda *args: None)
+    deaf = with_override(models["sd3"], lambda func, q, k, v, heads, mask=None, **kw: func(q, k, v, heads, **kw))
+    with pytest.raises(RuntimeError, match="ignores masks.*--use-pytorch-cross-attention"):
+        both(pack, models, "sd3", deaf)
+
+
+def plain_attention(q, k, v, scale=None):
+    """What a library computes: (Z, lse), all [B, H, L, ...]."""
+    logits = torch.matmul(q, k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return torch.matmul(logits.softmax(-1), v), logits.logsumexp(-1).float()
+
+
+@pytest.mark.parametrize("returns_lse", [True, False], ids=["Sage 2", "Sage 1"])
+def test_sage_attention_chosen_at_start(pack, models, monkeypatch, caplog, returns_lse):
+    """``--use-sage-attention``. The library runs on CUDA alone: a stand-in with its interface."""
+    rows = []
+
+    def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, return_lse=False, **kwargs):
+        assert tensor_layout == "HND" or not return_lse
+        flip = tensor_layout == "NHD"
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v)) if flip else (q, k, v)
+        z, lse = plain_attention(q, k, v, sm_scale)
+        rows.append((q.shape[2], k.shape[2], return_lse))
+        z = z.transpose(1, 2) if flip else z
+        return (z, lse) if return_lse and returns_lse else z
+
+    monkeypatch.setitem(sys.modules, "sageattention", types.SimpleNamespace(sageattn=sageattn))
+    monkeypatch.setattr(comfy_attention, "sageattn", sageattn, raising=False)
+    for module in (comfy_attention, comfy.ldm.flux.math):
+        monkeypatch.setattr(module, "optimized_attention", comfy_attention.attention_sage)
+    backends = sys.modules[f"{pack.module.__name__}.vsf_core.backends"]
+    monkeypatch.setattr(backends, "SMALL", 60)  # the tiny model's image has 96 tokens
+    backends.lse_attention.cache_clear()
+    result, expected = both(pack, models, "flux", models["flux"])
+    backends.lse_attention.cache_clear()
+    assert relative(result, expected) <= 1e-5
+    line = next(line for line in log_lines(caplog) if "attention:" in line)
+    if returns_lse:
+        assert "log-sum-exp merge (sageattention)" in line
+        assert rows.count((5 + 13 + 96, 13 + 96, True)) == 4 * 3  # the big part, once a block and step
+        assert not [row for row in rows if min(row[:2]) <= 60 and row[:2] not in ((8, 8), (37, 21))]  # the trial's
+    else:
+        assert "row mask (attention_sage)" in line
+
+
+SCRIPT = """
+import asyncio, os, sys
+sys.path[:0] = [os.environ["VSF_COMFYUI"], {host!r}, {toy!r}]
+from comfy.cli_args import args
+args.cpu = True
+setattr(args, {switch!r}, True)
+import comfy.model_management, logging, nodes
+logging.getLogger().setLevel(logging.INFO)
+assert asyncio.run(nodes.load_custom_node({root!r}))
+import helpers, types, test_backends as t
+mapping = nodes.NODE_CLASS_MAPPINGS
+pack = types.SimpleNamespace(
+    patch=lambda model, **kw: mapping["VSFModelPatch"].execute(model=model, **kw).result[0],
+    negative=lambda p, **kw: mapping["VSFNegativeConditioning"].execute(positive=p, **kw).result[0],
+)
+models = {{"sd3": helpers.load_sd3(), "flux": helpers.load_flux(), "wan": helpers.load_wan()}}
+for family in t.FAMILIES:
+    print("error", helpers.relative(*t.both(pack, models, family, models[family])))
+"""
+
+
+@pytest.mark.parametrize(
+    ("switch", "name"),
+    [("cpu", "attention_sub_quad"), ("use_split_cross_attention", "attention_split")],
+    ids=["no switch, on a CPU", "--use-split-cross-attention"],
+)
+def test_command_line_switches(pack, switch, name):
+    """The attention is chosen when ComfyUI is imported: a process of its own."""
+    here = os.path.dirname(__file__)
+    root = os.path.dirname(os.path.dirname(here))
+    script = SCRIPT.format(host=here, toy=os.path.join(root, "tests", "toy"), root=root, switch=switch)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    errors = [float(line.split()[1]) for line in run.stdout.splitlines() if line.startswith("error")]
+    assert len(errors) == len(FAMILIES), run.stderr[-2000:]
+    assert max(errors) <= 1e-5
+    assert run.stderr.count(f"row mask ({name})") == len(FAMILIES)

@@ -18,8 +18,10 @@ from .layout import TokenLayout
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """A black box: (q, k, v, additive mask or None) -> Z [B, H, Lq, D]."""
 
-SLIVER_BYTES = 8 * 2**20
-"""Most memory that one temporary of the image-times-negative sliver may take; a few are alive at a time."""
+SLIVER_BYTES = {"cpu": 2 * 2**20}
+OTHER_SLIVER_BYTES = 32 * 2**20
+"""Most memory that one temporary of the image-times-negative sliver may take, by type of device; a few are alive at a
+time. On a GPU each further chunk is a few more kernels to launch."""
 
 
 def merge_negative_(
@@ -72,7 +74,7 @@ def _merge_per_token_(
 def _row_chunks(z: Tensor, negative: int) -> Iterator[slice]:
     batch, heads, rows, dim = z.shape
     per_row = batch * heads * max(dim, negative) * 4
-    step = max(1, SLIVER_BYTES // per_row)
+    step = max(1, SLIVER_BYTES.get(z.device.type, OTHER_SLIVER_BYTES) // per_row)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 

@@ -44,6 +44,13 @@ def cuda_efficient(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) 
     return z, lse[..., : q.shape[2]]
 
 
+def cuda_cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """cuDNN's kernel (CUDA), for PyTorch builds without FlashAttention; its log-sum-exp has a dimension more."""
+    q, k, v = (t.contiguous() for t in (q, k, v))
+    z, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)[:2]
+    return z, lse.reshape(*q.shape[:2], -1)[..., : q.shape[2]]
+
+
 def sageattention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """SageAttention 2 (CUDA): 8-bit keys and queries."""
     from sageattention import sageattn
@@ -69,8 +76,11 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tup
     return z.transpose(1, 2), lse[..., : q.shape[1]]
 
 
-CANDIDATES: dict[str, tuple[LSEAttention, ...]] = {"cpu": (cpu_flash,), "cuda": (cuda_flash, cuda_efficient)}
-"""PyTorch's own, by type of device; ``cuda`` is ROCm too."""
+CANDIDATES: dict[str, tuple[LSEAttention, ...]] = {
+    "cpu": (cpu_flash,),
+    "cuda": (cuda_flash, cuda_cudnn, cuda_efficient),
+}
+"""PyTorch's own, by type of device, in ComfyUI's order; ``cuda`` is ROCm too."""
 LIBRARIES: dict[str, LSEAttention] = {f.__name__: f for f in (sageattention, flash_attn, xformers)}
 SMALL = 256
 """With this many queries or keys at most, PyTorch's own attention runs although a library was asked for: the negative's

@@ -93,6 +93,37 @@ def vsf_without_mask(scale: float, offset: float) -> Rule:
     return rule
 
 
+def vsf_dense(scale: float, offset: float) -> Rule:
+    """VSF as the paper computes it (Listing 1): duplicated keys and one dense mask, made once a run."""
+    masks: dict[tuple, Tensor] = {}
+
+    def mask_of(call: Call) -> Tensor:
+        key = (call.q.shape[2], call.k.shape[2], call.negative, call.q.dtype)
+        if key not in masks:
+            masks.clear()
+            mask = torch.zeros(call.q.shape[2], call.k.shape[2] + (not call.cross) * call.negative)
+            if call.cross:
+                mask[:, call.n] = -offset
+            else:
+                flipped = slice(call.k.shape[2], None)
+                for rows, columns in ((call.i, call.n), (call.p, call.n), (call.n, call.p)):
+                    mask[rows, columns] = -torch.inf
+                mask[: call.i.start, flipped] = -torch.inf
+                mask[call.i, flipped] = -offset
+            masks[key] = mask.to(call.q)
+        return masks[key]
+
+    def rule(call: Call) -> Tensor:
+        flipped = -scale * call.v[:, :, call.n]
+        if call.cross:
+            k, v = call.k, torch.cat([flipped, call.v[:, :, call.p]], dim=2)
+        else:
+            k, v = torch.cat([call.k, call.k[:, :, call.n]], dim=2), torch.cat([call.v, flipped], dim=2)
+        return F.scaled_dot_product_attention(call.q, k, v, attn_mask=mask_of(call))
+
+    return rule
+
+
 def vsf_without_duplication(scale: float) -> Rule:
     """N's values flipped in place, and no mask: N and P see the flipped values too."""
 

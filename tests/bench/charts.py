@@ -11,8 +11,10 @@ Point = tuple[float, float, str]
 """x and y in data units, and what to write beside it."""
 
 
-def chart(path: Path, title: str, x_label: str, y_label: str, series: Mapping[str, Sequence[Point]]) -> None:
-    """Draws each series as points joined in their order; y goes from 0 to 1, x over what is there."""
+def chart(
+    path: Path, title: str, x_label: str, y_label: str, series: Mapping[str, Sequence[Point]], top_y: float = 1.0
+) -> None:
+    """Draws each series as points joined in their order; y goes from 0 to ``top_y``, x over what is there."""
     width, height, left, top, right, bottom = 1440, 960, 120, 80, 380, 100
     image = Image.new("RGB", (width, height), "white")
     canvas = ImageDraw.Draw(image)
@@ -22,12 +24,12 @@ def chart(path: Path, title: str, x_label: str, y_label: str, series: Mapping[st
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - low) / (high - low)
-        return left + across * (width - left - right), height - bottom - y * (height - top - bottom)
+        return left + across * (width - left - right), height - bottom - y / top_y * (height - top - bottom)
 
     for k in range(6):
-        y, x = k / 5, low + (high - low) * k / 5
+        y, x = top_y * k / 5, low + (high - low) * k / 5
         canvas.line([place(low, y), place(high, y)], "#dddddd")
-        canvas.line([place(x, 0), place(x, 1)], "#dddddd")
+        canvas.line([place(x, 0), place(x, top_y)], "#dddddd")
         canvas.text((left - 14, place(low, y)[1]), f"{y:.1f}", "black", small, anchor="rm")
         canvas.text((place(x, 0)[0], height - bottom + 12), f"{x:.1f}", "black", small, anchor="ma")
     canvas.text((left, 24), title, "black", font)
@@ -45,6 +47,28 @@ def chart(path: Path, title: str, x_label: str, y_label: str, series: Mapping[st
         canvas.ellipse([x, y + 5, x + 14, y + 19], colour)
         canvas.text((x + 24, y), name, colour, small)
     image.resize((width // 2, height // 2), Image.Resampling.LANCZOS).save(path)
+
+
+def bars(path: Path, title: str, groups: Mapping[str, Mapping[str, float]], mark: float = 1.0) -> None:
+    """A group of horizontal bars a name, each with its value; a line at ``mark``."""
+    left, top, line, gap, across = 320, 70, 30, 44, 760
+    height = top + sum(gap + line * len(group) for group in groups.values()) + 20
+    image = Image.new("RGB", (left + across + 120, height), "white")
+    canvas, font, small = ImageDraw.Draw(image), ImageFont.load_default(24), ImageFont.load_default(17)
+    canvas.text((20, 16), title, "black", font)
+    unit = across / max(value for group in groups.values() for value in group.values())
+    y = top
+    for name, group in groups.items():
+        canvas.text((20, y + 6), name, "black", small)
+        y += gap - 10
+        for k, (label, value) in enumerate(group.items()):
+            canvas.text((left - 12, y + line / 2), label, "black", small, anchor="rm")
+            canvas.rectangle([left, y + 3, left + value * unit, y + line - 3], COLOURS[k % len(COLOURS)])
+            canvas.text((left + value * unit + 8, y + line / 2), f"{value:.3f}", "black", small, anchor="lm")
+            y += line
+        y += 10
+    canvas.line([left + mark * unit, top, left + mark * unit, y], "black", 2)
+    image.save(path)
 
 
 def contact_sheet(path: Path, columns: Sequence[str], rows: Mapping[str, Sequence[np.ndarray]], zoom: int = 3) -> None:

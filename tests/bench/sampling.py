@@ -19,15 +19,24 @@ TOY = ROOT / "tests" / "toy"
 WEIGHTS = TOY / "weights"
 
 
-def open_comfyui() -> None:
+def open_comfyui(cpu: bool = True) -> None:
     """Puts the host's tree (VSF_COMFYUI) and the toy's modules first on sys.path, and ComfyUI on the CPU."""
     for folder in (TOY, Path(os.environ["VSF_COMFYUI"])):
         sys.path[:] = [str(folder), *(p for p in sys.path if p != str(folder))]
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]  # its ``nodes`` would shadow ComfyUI's
     from comfy.cli_args import args
 
-    args.cpu = True
+    args.cpu = cpu
     args.use_pytorch_cross_attention = True
+
+
+def load_pack() -> Mapping[str, Any]:
+    """The pack's node classes, as ComfyUI's own loader registered them."""
+    import nodes
+
+    if "VSFModelPatch" not in nodes.NODE_CLASS_MAPPINGS and not run_in_thread(nodes.load_custom_node(str(ROOT))):
+        raise RuntimeError("the pack does not load")
+    return nodes.NODE_CLASS_MAPPINGS
 
 
 @dataclass(frozen=True)
@@ -80,12 +89,7 @@ class Toy:
 
     @cached_property
     def pack(self) -> Mapping[str, Any]:
-        """The pack's node classes, as ComfyUI's own loader registered them."""
-        import nodes
-
-        if "VSFModelPatch" not in nodes.NODE_CLASS_MAPPINGS and not run_in_thread(nodes.load_custom_node(str(ROOT))):
-            raise RuntimeError("the pack does not load")
-        return nodes.NODE_CLASS_MAPPINGS
+        return load_pack()
 
     def patched(self, **settings: Any) -> Any:
         """The model through the pack's node."""

@@ -19,31 +19,37 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def randomize(state: StateDict, seed: int, qk_gain: float = 1.5) -> StateDict:
-    """Weights that keep activations near unit size and give attention something to choose from."""
+    """New weights of the same names and shapes, as ``fill_`` draws them."""
     g = torch.Generator().manual_seed(seed)
-    out = {}
-    for key, value in state.items():
-        shape = value.shape
-        if key.endswith(
-            ("ln_q.weight", "ln_k.weight", "norm_q.weight", "norm_k.weight", "query_norm.scale", "key_norm.scale")
-        ):
-            out[key] = torch.full(shape, qk_gain)
-        elif key.endswith("pos_embed"):
-            out[key] = torch.randn(shape, generator=g)
-        elif value.ndim >= 2:
-            out[key] = torch.randn(shape, generator=g) * value[0].numel() ** -0.5
-        elif key.endswith("weight"):
-            out[key] = torch.ones(shape)
-        else:
-            out[key] = torch.randn(shape, generator=g) * 0.1
-    return out
+    return {key: fill_(key, torch.empty(value.shape), g, qk_gain) for key, value in state.items()}
 
 
-def sd3(depth: int = 3, context: int = 64, self_attn_layers: Sequence[int] = (), seed: int = 0, **config) -> StateDict:
-    """An SD3-format MMDiT; ``self_attn_layers`` as in SD3.5 Medium."""
+def fill_(key: str, weight: Tensor, g: torch.Generator, qk_gain: float = 1.5) -> Tensor:
+    """In place: a value for the weight named ``key`` that keeps activations near unit size and gives attention
+    something to choose from."""
+    if key.endswith(
+        ("ln_q.weight", "ln_k.weight", "norm_q.weight", "norm_k.weight", "query_norm.scale", "key_norm.scale")
+    ):
+        return weight.fill_(qk_gain)
+    if key.endswith("pos_embed"):
+        return weight.normal_(generator=g)
+    if weight.ndim >= 2:
+        return weight.normal_(generator=g).mul_(weight[0].numel() ** -0.5)
+    if key.endswith("weight"):
+        return weight.fill_(1.0)
+    return weight.normal_(generator=g).mul_(0.1)
+
+
+def sd3(seed: int = 0, **config) -> StateDict:
+    """An SD3-format MMDiT of random weights, as ``sd3_model`` builds it."""
+    return randomize(sd3_model(**config).state_dict(), seed)
+
+
+def sd3_model(depth: int = 3, context: int = 64, self_attn_layers: Sequence[int] = (), **config) -> torch.nn.Module:
+    """ComfyUI's class of SD3; ``self_attn_layers`` as in SD3.5 Medium."""
     from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
 
-    model = OpenAISignatureMMDITWrapper(
+    return OpenAISignatureMMDITWrapper(
         input_size=None,
         in_channels=16,
         depth=depth,
@@ -60,7 +66,6 @@ def sd3(depth: int = 3, context: int = 64, self_attn_layers: Sequence[int] = (),
         dtype=torch.float32,
         **config,
     )
-    return randomize(model.state_dict(), seed)
 
 
 def flux(seed: int = 0, **config) -> StateDict:
@@ -101,7 +106,12 @@ def wan(kind: str = "t2v", seed: int = 0, **config) -> StateDict:
 
 
 def wan_model(
-    kind: str = "t2v", dim: int = 256, layers: int = 3, context: int = 4096, frames_tokens: int | None = None
+    kind: str = "t2v",
+    dim: int = 256,
+    layers: int = 3,
+    context: int = 4096,
+    frames_tokens: int | None = None,
+    ffn: int | None = None,
 ) -> torch.nn.Module:
     """ComfyUI's class of a Wan model: t2v, i2v (CLIP-vision tokens; ``frames_tokens`` 514: first and last frame),
     vace, 5b, control (Fun control: CLIP-vision tokens, a reference frame before the video), camera (Fun camera 2.1),
@@ -116,7 +126,7 @@ def wan_model(
         "in_dim": channels[0],
         "out_dim": channels[1],
         "dim": dim,
-        "ffn_dim": 2 * dim,
+        "ffn_dim": ffn or 2 * dim,
         "text_dim": context,
         "num_heads": dim // 128,
         "num_layers": layers,

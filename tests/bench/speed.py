@@ -1,0 +1,309 @@
+"""What a negative costs: forward passes of real widths, each method beside the plain model.
+
+    python3 dev.py bench speed [--quick] [--json FILE] [--out DIR] [--shape NAME ...] [--dtype fp32 bf16]
+
+Models of random weights in the real ComfyUI, at SD3.5-Large's, Flux's and Wan's widths and token counts, cut to one or
+two blocks (``--full``: all of them and 8 steps, for a GPU). A round runs every method once, in an order that changes;
+a figure is the median over rounds of a method's time divided by the plain model's in the same round, with a 95%
+bootstrap interval. extra_bytes: by how much a method raises the peak of what is alive during the pass. Then the
+attention alone (``speed_attention.py``).
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sampling import ROOT, load_pack, open_comfyui
+from torch import Tensor
+
+NEGATIVE_TOKENS = 16
+SCALE, OFFSET = 3.3, 0.2
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+OFTEN = ("plain", "VSF")
+"""Methods that run in every round; others in every ``SELDOM``-th."""
+SELDOM = 4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's widths, and what it is given. blocks, all_blocks: the cut model's and the whole one's."""
+
+    family: str
+    config: Mapping[str, int]
+    blocks: Mapping[str, int]
+    all_blocks: Mapping[str, int]
+    latent: tuple[int, ...]
+    text: int
+    pooled: int = 768
+    context: int = 4096
+
+
+WAN = {"family": "wan", "latent": (16, 9, 60, 104), "text": 512, "blocks": {"layers": 1}}
+SHAPES = {
+    "SD3.5-Large 1024x1024": Shape(
+        "sd3", {"depth": 38}, {"num_blocks": 1}, {"num_blocks": 38}, (16, 128, 128), 154, pooled=2048
+    ),
+    "Flux 1024x1024": Shape(
+        "flux", {"hidden": 3072}, {"double": 1, "single": 1}, {"double": 19, "single": 38}, (16, 128, 128), 256
+    ),
+    "Wan 1.3B 832x480x33": Shape(config={"dim": 1536, "ffn": 8960}, all_blocks={"layers": 30}, **WAN),
+    "Wan 14B 832x480x33": Shape(config={"dim": 5120, "ffn": 13824}, all_blocks={"layers": 40}, **WAN),
+    "tiny": Shape("sd3", {"depth": 4}, {"num_blocks": 2}, {"num_blocks": 4}, (16, 32, 32), 20, pooled=2048, context=64),
+}
+"""``tiny`` tries the command out; its figures mean nothing."""
+
+
+def build(shape: Shape, dtype: torch.dtype, full: bool) -> Any:
+    """A ``ModelPatcher`` of the shape with random weights, computing in ``dtype``."""
+    import comfy.model_detection
+    import comfy.model_management
+    import comfy.model_patcher
+    import tiny
+
+    blocks = shape.all_blocks if full else shape.blocks
+    with torch.device("meta"):
+        make = getattr(tiny, f"{shape.family}_model")
+        state = make(context=shape.context, **shape.config, **blocks).state_dict()
+    config = comfy.model_detection.model_config_from_unet(state, "")
+    assert config is not None
+    if shape.family == "sd3":  # whose number of blocks ComfyUI reads off the width
+        config.unet_config.update(blocks)
+    config.set_inference_dtype(dtype, None)
+    device = comfy.model_management.get_torch_device()
+    model = config.get_model(state, "", device)
+    generator = torch.Generator(device).manual_seed(0)
+    for key, weight in model.diffusion_model.state_dict().items():
+        tiny.fill_(key, weight, generator)
+    return comfy.model_patcher.ModelPatcher(model.eval(), load_device=device, offload_device=device)
+
+
+# -- methods ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the sampler is given."""
+
+    model: Any
+    positive: list
+    negative: list
+    cfg: float = 1.0
+
+
+def all_methods(shape: Shape, model: Any, pack: Mapping[str, Any]) -> dict[str, Method]:
+    """Each way to use a negative of ``NEGATIVE_TOKENS`` tokens. CFG's is as long as the prompt, as encoders pad it."""
+    import baselines
+    from comfy_extras.nodes_nag import NAGuidance
+
+    def conditioning(tokens: int, seed: int) -> list:
+        g = torch.Generator().manual_seed(seed)
+        pooled = {"pooled_output": torch.randn(1, shape.pooled, generator=g)}
+        return [[torch.randn(1, tokens, shape.context, generator=g), pooled]]
+
+    positive, padded, unwanted = conditioning(shape.text, 1), conditioning(shape.text, 2), conditioning(16, 3)
+    attached = pack["VSFNegativeConditioning"].execute(positive=positive, negative=unwanted).result[0]
+    patched = pack["VSFModelPatch"].execute(model=model, scale=SCALE, offset=OFFSET).result[0]
+    black_box = patched.clone()
+    black_box.model_options["transformer_options"]["optimized_attention_override"] = lambda f, *a, **kw: f(*a, **kw)
+    guided = NAGuidance.execute(model, 12.0, 0.5, 5.0).result[0]
+    rules = {
+        "VSF, dense mask (the paper's way)": baselines.vsf_dense(SCALE, OFFSET),
+        "NAG, one pass": baselines.nag(11.0, 0.5, 5.0),
+        "NASA, one pass": baselines.nasa(0.4),
+    }
+    return {
+        "plain": Method(model, positive, padded),
+        "VSF": Method(patched, attached, padded),
+        "VSF, row mask (no log-sum-exp)": Method(black_box, attached, padded),
+        **{
+            name: Method(baselines.patched(model, rule, unwanted[0][0]), positive, padded)
+            for name, rule in rules.items()
+        },
+        "NAG, ComfyUI's": Method(guided, positive, padded),
+        "CFG": Method(model, positive, padded, cfg=2.5),
+    }
+
+
+def run(method: Method, shape: Shape, steps: int) -> float:
+    """Seconds that the model's ``steps`` calls took inside a run of ComfyUI's sampler."""
+    import comfy.samplers
+
+    seconds = 0.0
+
+    def sampler(model: Callable, x: Tensor, sigmas: Tensor, extra_args: dict, **_: Any) -> Tensor:
+        nonlocal seconds
+        wait(x.device)
+        start = time.perf_counter()
+        for sigma in sigmas[:-1]:
+            model(x, sigma.expand(len(x)), **extra_args)
+        wait(x.device)
+        seconds = time.perf_counter() - start
+        return x
+
+    guider = comfy.samplers.CFGGuider(method.model)
+    guider.set_conds(method.positive, method.negative)
+    guider.set_cfg(method.cfg)
+    noise = torch.randn(1, *shape.latent, generator=torch.Generator().manual_seed(0))
+    sigmas = torch.linspace(0.9, 0.0, steps + 1)
+    with torch.inference_mode():  # as ComfyUI's executor does
+        guider.sample(noise, torch.zeros_like(noise), comfy.samplers.KSAMPLER(sampler), sigmas, disable_pbar=True)
+    return seconds
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_bytes(method: Method, shape: Shape) -> int:
+    """The most memory that was alive at once in a step, beyond what was before. Warms caches and kernels up, too."""
+    import comfy.model_management
+    from hosting.live_memory import LiveMemory
+
+    device = comfy.model_management.get_torch_device()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run(method, shape, 1)
+        return torch.cuda.max_memory_allocated(device) - before
+    with LiveMemory() as memory:
+        run(method, shape, 1)
+    return memory.peak
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def plan(names: Sequence[str], rounds: int, often: Sequence[str]) -> list[list[str]]:
+    """What runs in each round; the order rotates."""
+    out = []
+    for k in range(rounds):
+        chosen = [name for name in names if name in often or k % SELDOM == 0]
+        out.append(chosen[k % len(chosen) :] + chosen[: k % len(chosen)])
+    return out
+
+
+def interleaved(calls: Mapping[str, Callable[[], float]], rounds: int, often: Sequence[str], title: str) -> dict:
+    """name -> seconds of each round, None in rounds that leave it out."""
+    from tqdm import tqdm
+
+    times: dict[str, list[float | None]] = {name: [None] * rounds for name in calls}
+    steps = [(k, name) for k, names in enumerate(plan(list(calls), rounds, often)) for name in names]
+    for k, name in tqdm(steps, title, unit="run"):
+        times[name][k] = calls[name]()
+    return times
+
+
+def row(names: Mapping[str, str], times: Sequence[float | None], plain: Sequence[float | None]) -> dict[str, Any]:
+    """The median of ratios with its interval, and how many there are."""
+    ratios = np.array([t / p for t, p in zip(times, plain, strict=True) if t and p])
+    draws = np.random.default_rng(0).choice(ratios, (2000, len(ratios)))
+    low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
+    return {**names, "ratio": float(np.median(ratios)), "interval": [float(low), float(high)], "runs": len(ratios)}
+
+
+def measure(name: str, dtype: str, options: argparse.Namespace, pack: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row a method for one shape."""
+    from tqdm import tqdm
+
+    shape = SHAPES[name]
+    methods = all_methods(shape, build(shape, DTYPES[dtype], options.full), pack)
+    wanted = {key: m for key, m in methods.items() if not options.methods or key in (*options.methods, "plain")}
+    steps = 8 if options.full else 1
+    calls = {key: lambda m=method: run(m, shape, steps) for key, method in wanted.items()}
+    peaks = {key: peak_bytes(method, shape) for key, method in tqdm(wanted.items(), f"{name}, {dtype}: memory")}
+    times = interleaved(calls, options.repeats, OFTEN, f"{name}, {dtype}: time")
+    rows = []
+    for key in wanted:
+        names = {"shape": name + (", whole model" if options.full else ""), "dtype": dtype, "method": key}
+        one = row(names, times[key], times["plain"])
+        one |= {"extra_bytes": peaks[key] - peaks["plain"], "plain_bytes": peaks["plain"]}
+        if torch.cuda.is_available() and not options.cpu:
+            one["seconds"] = float(np.median([t for t in times[key] if t]))
+        rows.append(one)
+    return rows
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown."""
+    lines = ["| shape | dtype | method | ratio to plain | extra memory | runs |", "|---|---|---|---|---|---|"]
+    for one in rows:
+        low, high = one["interval"]
+        extra = one.get("extra_bytes")
+        share = "" if extra is None else f"{extra / 2**20:+.1f} MiB ({100 * extra / one['plain_bytes']:+.1f}%)"
+        ratio = f"{one['ratio']:.3f} [{low:.3f}, {high:.3f}]" + (f" {one['seconds']:.3f} s" if "seconds" in one else "")
+        lines.append(f"| {one['shape']} | {one['dtype']} | {one['method']} | {ratio} | {share} | {one['runs']} |")
+    return "\n".join(lines)
+
+
+def draw(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
+    """Whole forwards as bars."""
+    from charts import bars
+
+    groups: dict[str, dict[str, float]] = {}
+    for one in rows:
+        groups.setdefault(f"{one['shape']}, {one['dtype']}", {})[one["method"]] = one["ratio"]
+    if groups:
+        bars(out / "speed.png", "Time of a forward pass, plain = 1", groups)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one shape, few rounds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    parser.add_argument("--out", type=Path, default=Path("bench-output/speed"), metavar="DIR")
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=[name for name in SHAPES if name != "tiny"])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these beside the plain model")
+    parser.add_argument("--repeats", type=int, default=15, help="rounds")
+    parser.add_argument("--full", action="store_true", help="whole models, 8 steps")
+    parser.add_argument("--cpu", action="store_true", help="on the CPU although there is a GPU")
+    parser.add_argument("--kernel", choices=("flash", "efficient", "cudnn"), help="PyTorch's attention kernel on a GPU")
+    parser.add_argument("--part", choices=("forward", "attention", "both"), default="both")
+    options = parser.parse_args()
+    if options.quick:
+        options.shape, options.dtype, options.repeats = options.shape[:1], options.dtype[:1], min(options.repeats, 4)
+    options.cpu |= not torch.cuda.is_available()
+    return options
+
+
+def kernel(name: str | None) -> Any:
+    """A context in which PyTorch's attention is the one of that name."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    kinds = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cudnn": "CUDNN_ATTENTION"}
+    return nullcontext() if name is None else sdpa_kernel(getattr(SDPBackend, kinds[name]))
+
+
+def main() -> None:
+    options = parse()
+    open_comfyui(options.cpu)
+    sys.path.append(str(ROOT))  # for vsf_core; last, since the pack's ``nodes`` must not hide ComfyUI's
+    import speed_attention
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    with kernel(options.kernel):
+        if options.part != "attention":
+            for name, dtype in itertools.product(options.shape, options.dtype):
+                rows += measure(name, dtype, options, load_pack())
+                draw(rows, options.out)
+        if options.part != "forward":
+            rows += speed_attention.measure(options, DTYPES, sys.modules[__name__])
+    (options.out / "table.md").write_text(table(rows) + "\n")
+    print(table(rows), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

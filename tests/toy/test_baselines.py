@@ -8,6 +8,8 @@ import tiny
 import torch
 import torch.nn.functional as F
 
+from vsf_core import TokenLayout, cross_attention_reference, joint_attention_reference
+
 
 @pytest.fixture
 def joint():
@@ -37,6 +39,16 @@ def test_nag_is_bounded_and_blended(joint):
     ratio = bounded.abs().sum((1, 3)) / positive.abs().sum((1, 3))
     assert torch.allclose(ratio, torch.full_like(ratio, 1.5))
     assert torch.allclose(baselines.nag(0, 1.0, 2.5)(joint)[:, :, 8:], positive)
+
+
+def test_the_dense_way_is_the_definition(joint):
+    q, k, v = joint.q, joint.k, joint.v
+    setting = torch.full((1, 1, 1), 3.3).double(), torch.full((1, 1, 1), 0.2).double()
+    rule = baselines.vsf_dense(3.3, 0.2)
+    assert torch.allclose(rule(joint), joint_attention_reference(q, k, v, TokenLayout(11, 5, 3), *setting))
+    cross = baselines.Call(q[:, :, 8:], k[:, :, :8], v[:, :, :8], 3, 5, cross=True)
+    parts = cross.q, cross.k[:, :, 3:], cross.v[:, :, 3:], cross.k[:, :, :3], cross.v[:, :, :3]
+    assert torch.allclose(rule(cross), cross_attention_reference(*parts, *setting))
 
 
 def test_ablations(joint):

@@ -78,7 +78,7 @@ def encode_negative(clip: Any, text: str, extrapolation: float = 0.0) -> Encoded
     that is not in ``ENCODERS``.
     """
     encoder = _encoder_of(clip)
-    tokens = clip.tokenize(text)
+    tokens = _tokenized(clip, text)
     parts, words = [], {}
     segments, pooled = _segments(clip, encoder, tokens, trim=True)
     for segment, embedding, content in segments:
@@ -88,6 +88,17 @@ def encode_negative(clip: Any, text: str, extrapolation: float = 0.0) -> Encoded
         parts.append(kept)
         words[segment.name] = _words(clip, segment, tokens)
     return EncodedPrompt(torch.cat(parts, dim=1), pooled, encoder.name, words)
+
+
+def _tokenized(clip: Any, text: str) -> dict:
+    try:
+        return clip.tokenize(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        reason = "its parentheses are nested too deep" if isinstance(error, RecursionError) else str(error)
+        broken = [i for i, letter in enumerate(text) if "\ud800" <= letter <= "\udfff"]
+        if broken:  # half of a pair: no tokenizer takes it
+            reason = f"character {broken[0] + 1} is not valid Unicode"
+        raise ValueError(f"VSF: the text encoder cannot read the text: {reason}. Please change the text.") from error
 
 
 def _encoder_of(clip: Any) -> Encoder:

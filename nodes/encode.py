@@ -91,13 +91,13 @@ def encode_negative(clip: Any, text: str, extrapolation: float = 0.0) -> Encoded
 
 
 def _tokenized(clip: Any, text: str) -> dict:
+    for i, letter in enumerate(text):
+        if "\ud800" <= letter <= "\udfff":  # half of a pair, which every tokenizer refuses in its own way
+            raise ValueError(f"VSF: character {i + 1} of the text is not valid Unicode. Please delete it.")
     try:
         return clip.tokenize(text)
-    except (TypeError, ValueError, RecursionError) as error:
-        reason = "its parentheses are nested too deep" if isinstance(error, RecursionError) else str(error)
-        broken = [i for i, letter in enumerate(text) if "\ud800" <= letter <= "\udfff"]
-        if broken:  # half of a pair: no tokenizer takes it
-            reason = f"character {broken[0] + 1} is not valid Unicode"
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = "its parentheses are nested too deep" if isinstance(error, RecursionError) else error
         raise ValueError(f"VSF: the text encoder cannot read the text: {reason}. Please change the text.") from error
 
 

@@ -171,7 +171,8 @@ class VSFPatch:
             )
         diffusion_model = unwrapped(guider.model_patcher.model.diffusion_model)
         noise = kwargs["noise"] if "noise" in kwargs else args[0]
-        dtype = guider.model_patcher.model.get_dtype_inference()
+        patcher = guider.model_patcher  # which has not put its object patches in place yet
+        dtype = patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
         self._check_negatives([entry for _, entry in entries], diffusion_model, noise, dtype)
         counts = self.family.block_counts(diffusion_model)
         run = Run(

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Mapping
 
+from .checks import shown
+
 Block = tuple[str, int]
 """A block's type ("double", "single", ...) and index."""
 
@@ -29,7 +31,7 @@ def parse_blocks(text: str | None, counts: Mapping[str, int]) -> frozenset[Block
         match = _ITEM.fullmatch(item)
         if not match or match["type"] not in counts:
             raise ValueError(
-                f'VSF: blocks: cannot read "{item[:40]}". This model has {valid}. Write for example '
+                f'VSF: blocks: cannot read "{shown(item)}". This model has {valid}. Write for example '
                 f'"{next(iter(counts))}:0-3" (several separated by commas), or leave it empty for all blocks.'
             )
         kind, count = match["type"], counts[match["type"]]

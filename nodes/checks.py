@@ -16,7 +16,7 @@ def finite_number(name: str, value: Any) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not abs(number) <= _LARGEST:
-        raise ValueError(f"VSF: {name} must be a finite number, got {_short(value)}.")
+        raise ValueError(f"VSF: {name} must be a finite number, got {shown(value)}.")
     return number
 
 
@@ -24,7 +24,7 @@ def embedding(tokens: Any) -> Tensor:
     """A prompt's embedding [b, n, C]: neither empty nor with values that would make the picture NaN."""
     if not isinstance(tokens, Tensor) or tokens.ndim != 3 or not tokens.is_floating_point():
         raise ValueError(
-            f"VSF: the negative's embedding must be numbers of shape [batch, tokens, channels], got {_short(tokens)}. "
+            f"VSF: the negative's embedding must be numbers of shape [batch, tokens, channels], got {shown(tokens)}. "
             "Connect the output of a text encode node."
         )
     if tokens.numel() == 0:
@@ -42,7 +42,7 @@ def mask(given: Any) -> Tensor | None:
     if given is None:
         return None
     if not isinstance(given, Tensor) or given.ndim < 2:
-        raise ValueError(f"VSF: the mask must be a picture [batch, height, width], got {_short(given)}.")
+        raise ValueError(f"VSF: the mask must be a picture [batch, height, width], got {shown(given)}.")
     if given.numel() == 0:
         raise ValueError(f"VSF: the mask is empty (shape {tuple(given.shape)}). Connect a mask with pixels.")
     given = given.float()
@@ -54,7 +54,7 @@ def mask(given: Any) -> Tensor | None:
 def conditioning(name: str, given: Any) -> list:
     """A CONDITIONING with at least one entry."""
     if not isinstance(given, (list, tuple)) or not all(_is_entry(entry) for entry in given):
-        raise ValueError(f"VSF: {name} must be a conditioning, got {_short(given)}. Connect a text encode node.")
+        raise ValueError(f"VSF: {name} must be a conditioning, got {shown(given)}. Connect a text encode node.")
     if not given:
         raise ValueError(f"VSF: {name} is a conditioning without an entry. Connect a text encode node.")
     return list(given)
@@ -64,9 +64,13 @@ def _is_entry(entry: Any) -> bool:
     return isinstance(entry, (list, tuple)) and len(entry) == 2 and isinstance(entry[1], dict)
 
 
-def _short(value: Any) -> str:
-    """A value for an error message: what it is, not all of it."""
+def shown(value: Any) -> str:
+    """A value for a message: what it is, not all of it, and nothing that cannot be written to a log.
+
+    ComfyUI's log takes no lone surrogates: one in an error's text ends the thread that works on its queue.
+    """
     if isinstance(value, Tensor):
         return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
     text = str(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
+    text = text if len(text) <= 40 else f"{text[:40]}..."
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

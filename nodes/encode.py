@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..vsf_core import content_length, extrapolate, null_embedding
+from .checks import shown
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def _tokenized(clip: Any, text: str) -> dict:
     try:
         return clip.tokenize(text)
     except (TypeError, ValueError, RuntimeError) as error:
-        reason = "its parentheses are nested too deep" if isinstance(error, RecursionError) else error
+        reason = "its parentheses are nested too deep" if isinstance(error, RecursionError) else shown(error)
         raise ValueError(f"VSF: the text encoder cannot read the text: {reason}. Please change the text.") from error
 
 

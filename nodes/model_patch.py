@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from .blocks import parse_blocks
-from .checks import finite_number
+from .checks import finite_number, shown
 from .families import family_of
 from .seams import LAYOUTS, Settings, VSFPatch
 
@@ -102,7 +102,7 @@ class VSFModelPatch(io.ComfyNode):
                 "otherwise the negative would never act."
             )
         if layout not in LAYOUTS:
-            raise ValueError(f'VSF: layout must be one of {", ".join(LAYOUTS)}, got "{layout}".')
+            raise ValueError(f'VSF: layout must be one of {", ".join(LAYOUTS)}, got "{shown(layout)}".')
         if model is None:
             raise ValueError("VSF: model is None: the node before gave no model. Connect a model loader.")
         family = family_of(model.model)

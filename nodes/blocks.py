@@ -3,17 +3,20 @@
 import re
 from collections.abc import Mapping
 
+from .checks import shown
+
 Block = tuple[str, int]
 """A block's type ("double", "single", ...) and index."""
 
-_ITEM = re.compile(r"(?P<type>[a-z_]+)(?::(?:(?P<one>\d+)|(?P<first>\d*)-(?P<last>\d*)))?")
+# at most four digits: int() refuses more than a few thousand with a message of its own
+_ITEM = re.compile(r"(?P<type>[a-z_]+)(?::(?:(?P<one>\d{1,4})|(?P<first>\d{,4})-(?P<last>\d{,4})))?", re.ASCII)
 
 
 def all_blocks(counts: Mapping[str, int]) -> frozenset[Block]:
     return frozenset((kind, i) for kind, count in counts.items() for i in range(count))
 
 
-def parse_blocks(text: str, counts: Mapping[str, int]) -> frozenset[Block]:
+def parse_blocks(text: str | None, counts: Mapping[str, int]) -> frozenset[Block]:
     """The blocks that ``text`` names, e.g. "double:0-11,single:5-", "double", "all"; empty means all.
 
     ``counts``: how many blocks of each type the model has. Ranges include both ends; an end left out is the model's
@@ -21,13 +24,14 @@ def parse_blocks(text: str, counts: Mapping[str, int]) -> frozenset[Block]:
     """
     valid = ", ".join(f"{kind}:0-{count - 1}" for kind, count in counts.items())
     selected: set[Block] = set()
-    for item in (part.strip().lower() for part in text.split(",")):
-        if item == "all" or text.strip() == "":
-            return all_blocks(counts)
+    for item in (part.strip().lower() for part in ((text or "").strip() or "all").split(",")):
+        if item == "all":
+            selected |= all_blocks(counts)
+            continue
         match = _ITEM.fullmatch(item)
         if not match or match["type"] not in counts:
             raise ValueError(
-                f'VSF: blocks: cannot read "{item}". This model has {valid}. Write for example '
+                f'VSF: blocks: cannot read "{shown(item)}". This model has {valid}. Write for example '
                 f'"{next(iter(counts))}:0-3" (several separated by commas), or leave it empty for all blocks.'
             )
         kind, count = match["type"], counts[match["type"]]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..vsf_core import content_length, extrapolate, null_embedding
+from .checks import shown
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def encode_negative(clip: Any, text: str, extrapolation: float = 0.0) -> Encoded
     that is not in ``ENCODERS``.
     """
     encoder = _encoder_of(clip)
-    tokens = clip.tokenize(text)
+    tokens = _tokenized(clip, text)
     parts, words = [], {}
     segments, pooled = _segments(clip, encoder, tokens, trim=True)
     for segment, embedding, content in segments:
@@ -88,6 +89,17 @@ def encode_negative(clip: Any, text: str, extrapolation: float = 0.0) -> Encoded
         parts.append(kept)
         words[segment.name] = _words(clip, segment, tokens)
     return EncodedPrompt(torch.cat(parts, dim=1), pooled, encoder.name, words)
+
+
+def _tokenized(clip: Any, text: str) -> dict:
+    for i, letter in enumerate(text):
+        if "\ud800" <= letter <= "\udfff":  # half of a pair, which every tokenizer refuses in its own way
+            raise ValueError(f"VSF: character {i + 1} of the text is not valid Unicode. Please delete it.")
+    try:
+        return clip.tokenize(text)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = "its parentheses are nested too deep" if isinstance(error, RecursionError) else shown(error)
+        raise ValueError(f"VSF: the text encoder cannot read the text: {reason}. Please change the text.") from error
 
 
 def _encoder_of(clip: Any) -> Encoder:

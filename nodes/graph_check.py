@@ -3,6 +3,8 @@
 import logging
 import sys
 
+from .checks import shown
+
 log = logging.getLogger(__name__)
 
 
@@ -18,8 +20,8 @@ def _on_prompt(json_data: dict) -> dict:
     prompt = json_data.get("prompt")
     for node_id in unmet_negatives(prompt) if isinstance(prompt, dict) else ():
         log.warning(
-            f"VSF: the negative of node {node_id} (VSF Negative Conditioning) meets no patched model and does nothing. "
-            "Put VSF Model Patch between the model loader and the sampler."
+            f"VSF: the negative of node {shown(node_id)} (VSF Negative Conditioning) meets no patched model and does "
+            "nothing. Put VSF Model Patch between the model loader and the sampler."
         )
     return json_data
 

@@ -1,10 +1,9 @@
 """The node "VSF Model Patch"."""
 
-import math
-
 from comfy_api.latest import io
 
 from .blocks import parse_blocks
+from .checks import finite_number, shown
 from .families import family_of
 from .seams import LAYOUTS, Settings, VSFPatch
 
@@ -94,19 +93,21 @@ class VSFModelPatch(io.ComfyNode):
         layout: str = "paper",
         affect_references: bool = True,
     ) -> io.NodeOutput:
-        for name, value in (("scale", scale), ("offset", offset)):
-            if not math.isfinite(value):
-                raise ValueError(f"VSF: {name} must be a finite number, got {value}.")
+        scale, offset = finite_number("scale", scale), finite_number("offset", offset)
+        start_percent = finite_number("start_percent", start_percent)
+        end_percent = finite_number("end_percent", end_percent)
         if not 0.0 <= start_percent < end_percent <= 1.0:
             raise ValueError(
                 f"VSF: start_percent ({start_percent:g}) must lie before end_percent ({end_percent:g}), both in 0..1; "
                 "otherwise the negative would never act."
             )
         if layout not in LAYOUTS:
-            raise ValueError(f'VSF: layout must be one of {", ".join(LAYOUTS)}, got "{layout}".')
+            raise ValueError(f'VSF: layout must be one of {", ".join(LAYOUTS)}, got "{shown(layout)}".')
+        if model is None:
+            raise ValueError("VSF: model is None: the node before gave no model. Connect a model loader.")
         family = family_of(model.model)
         parse_blocks(blocks, family.block_counts(model.model.diffusion_model))
         patched = model.clone()
-        settings = Settings(scale, offset, start_percent, end_percent, blocks, layout, affect_references)
+        settings = Settings(scale, offset, start_percent, end_percent, blocks or "", layout, affect_references)
         VSFPatch(settings, family).install(patched)
         return io.NodeOutput(patched)

@@ -86,7 +86,7 @@ def step_conds(
 
     out = []
     for group in groups:
-        tokens = _padded([n.tokens for n in group], length, width).to(latent)
+        tokens = _padded([n.tokens for n in group], length, width, latent)
         alpha = torch.zeros(1, length, 1, device=latent.device)
         bias = torch.full((1, 1, length), torch.inf, device=latent.device)
         for n, span in _spans(group):
@@ -113,22 +113,31 @@ def _pooled(group: Sequence[Negative], groups: Sequence[Sequence[Negative]]) -> 
     return group[0].pooled if group and group[0].pooled is not None else torch.full_like(some[:1], torch.nan)
 
 
-def _padded(tokens: Sequence[Tensor], length: int, width: int) -> Tensor:
-    """[b, length, width]: ``tokens`` one after the other, then zeros."""
-    batch = max((t.shape[0] for t in tokens), default=1)
-    parts = [comfy.utils.repeat_to_batch_size(t.float(), batch) for t in tokens]
-    rest = length - sum(t.shape[1] for t in parts)
-    return torch.cat([*parts, torch.zeros(batch, rest, width)], dim=1)
+def _batch(tensors: Sequence[Tensor], latent: Tensor) -> int:
+    """1 where that is all, else the latent's: each tensor is then repeated in turn, as ComfyUI does with prompts."""
+    return latent.shape[0] if any(t.shape[0] > 1 for t in tensors) else 1
+
+
+def _padded(tokens: Sequence[Tensor], length: int, width: int, latent: Tensor) -> Tensor:
+    """[b, length, width], where and as precise as the latent: ``tokens`` one after the other, then zeros."""
+    batch = _batch(tokens, latent)
+    rest = latent.new_zeros(batch, length - sum(t.shape[1] for t in tokens), width)
+    return torch.cat([*(comfy.utils.repeat_to_batch_size(t.to(latent), batch) for t in tokens), rest], dim=1)
+
+
+def in_frames(window: tuple[float, float], frames: int) -> list[bool]:
+    """Which latent frames of a video a negative's ``frames`` cover: those whose middle lies inside."""
+    return [window[0] <= (frame + 0.5) / frames < window[1] for frame in range(frames)]
 
 
 def _latent_mask(group: Sequence[Negative], length: int, latent: Tensor, _window: object = None) -> Tensor:
     """[b, length, h, w]: each token's mask in the latent's resolution; 1 where there is none."""
     size = latent.shape[-2:]
-    batch = max((n.mask.shape[0] for n in group if n.mask is not None), default=1)
+    batch = _batch([n.mask for n in group if n.mask is not None], latent)
     mask = torch.ones(batch, length, *size)
     for n, span in _spans(group):
         if n.mask is not None:
-            small = torch.nn.functional.interpolate(n.mask[:, None].float(), size=size, mode="area")
+            small = torch.nn.functional.interpolate(n.mask[:, None], size=size, mode="area")
             mask[:, span] = comfy.utils.repeat_to_batch_size(small, batch)
     return mask.to(latent.device)
 
@@ -145,9 +154,9 @@ def _video_mask(
     mask = torch.ones(1, length, frames, *size)
     for n, span in _spans(group):
         if n.mask is not None:
-            small = torch.nn.functional.interpolate(n.mask[None, None].float(), size=(frames, *size), mode="area")
+            small = torch.nn.functional.interpolate(n.mask[None, None], size=(frames, *size), mode="area")
             mask[:, span] = small
-        for frame in range(frames):
-            if not n.frames[0] <= (frame + 0.5) / frames < n.frames[1]:  # by the frame's middle
+        for frame, inside in enumerate(in_frames(n.frames, frames)):
+            if not inside:
                 mask[:, span, frame] = 0.0
     return mask[:, :, list(shown)].to(latent.device)

@@ -1,11 +1,11 @@
 """The node "VSF Negative Conditioning"."""
 
 import logging
-import math
 
 import torch
 from comfy_api.latest import io, ui
 
+from . import checks
 from .encode import EncodedPrompt, encode_negative
 from .negative import KEY, Negative, negatives_of
 
@@ -103,23 +103,31 @@ class VSFNegativeConditioning(io.ComfyNode):
         from_frame: float = 0.0,
         to_frame: float = 1.0,
     ) -> io.NodeOutput:
-        for name, value in (("strength", strength), ("extrapolation", extrapolation)):
-            if not math.isfinite(value):
-                raise ValueError(f"VSF: {name} must be a finite number, got {value}.")
+        positive = checks.conditioning("positive", positive)
+        strength = checks.finite_number("strength", strength)
+        extrapolation = checks.finite_number("extrapolation", extrapolation)
+        from_frame, to_frame = (
+            checks.finite_number("from_frame", from_frame),
+            checks.finite_number("to_frame", to_frame),
+        )
         if not 0.0 <= from_frame < to_frame <= 1.0:
             raise ValueError(
                 f"VSF: from_frame ({from_frame:g}) must lie before to_frame ({to_frame:g}), both in 0..1; otherwise "
                 "the negative would never act."
             )
-        where = {"strength": strength, "mask": _checked_mask(mask), "frames": (from_frame, to_frame)}
-        has_text = bool(text.strip())
+        where = {"strength": strength, "mask": checks.mask(mask), "frames": (from_frame, to_frame)}
+        has_text = bool(text and text.strip())
         if has_text and negative is not None:
             raise ValueError("VSF: both text and negative are given. Clear the text, or disconnect negative.")
         if has_text:
             if clip is None:
                 raise ValueError("VSF: text needs clip: connect the text encoder that encodes the positive prompt.")
             encoded = encode_negative(clip, text, extrapolation)
-            made = Negative(encoded.tokens, **where, encoder=encoded.encoder, pooled=encoded.pooled)
+            if not any(encoded.words.values()):  # invisible characters, an embedding that is not there
+                log.warning("VSF: the text has no word that the text encoder knows: the negative is off.")
+                return io.NodeOutput(positive, ui=ui.PreviewText("off: no word in the text"))
+            tokens = checks.embedding(encoded.tokens)
+            made = Negative(tokens, **where, encoder=encoded.encoder, pooled=encoded.pooled)
             return io.NodeOutput(_attach(positive, made), ui=ui.PreviewText(_describe(encoded)))
         if negative is not None:
             if extrapolation:
@@ -127,7 +135,7 @@ class VSFNegativeConditioning(io.ComfyNode):
                     "VSF: extrapolation needs text and clip, since it compares with the empty prompt. Use text instead "
                     "of negative, or set extrapolation to 0."
                 )
-            tokens = _taken_as_it_is(negative)
+            tokens = _taken_as_it_is(checks.conditioning("negative", negative))
             made = Negative(tokens, **where, pooled=negative[0][1].get("pooled_output"))
             return io.NodeOutput(_attach(positive, made), ui=ui.PreviewText(f"{tokens.shape[1]} tokens, as given"))
         return io.NodeOutput(positive, ui=ui.PreviewText("off: no negative"))
@@ -144,24 +152,14 @@ def _taken_as_it_is(negative: list) -> torch.Tensor:
             f"VSF: negative has {len(negative)} entries (of a ConditioningCombine, say) where one is needed. Chain one "
             "VSF Negative Conditioning node for each."
         )
-    tokens, options = negative[0]
-    keep = options.get("attention_mask")
-    if keep is not None and keep.shape[-1] == tokens.shape[1]:
+    tokens, keep = checks.embedding(negative[0][0]), negative[0][1].get("attention_mask")
+    if isinstance(keep, torch.Tensor) and keep.ndim and keep.shape[-1] == tokens.shape[1]:
         tokens = tokens[:, keep.reshape(-1, keep.shape[-1]).bool().any(dim=0)]
     else:
         log.info(f"VSF: negative has no attention mask: all of its {tokens.shape[1]} positions are kept, padding too.")
     if tokens.shape[1] == 0:
         raise ValueError("VSF: negative has no token left once its padding is removed. Give it some text.")
     return tokens
-
-
-def _checked_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """[b, H, W]"""
-    if mask is None:
-        return None
-    if mask.numel() == 0:
-        raise ValueError(f"VSF: the mask is empty (shape {tuple(mask.shape)}). Connect a mask with pixels.")
-    return mask.reshape(-1, *mask.shape[-2:]).clamp(0.0, 1.0)
 
 
 def _describe(encoded: EncodedPrompt) -> str:

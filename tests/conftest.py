@@ -1,8 +1,14 @@
-"""Keeps the repository's root off sys.path (its ``nodes`` would shadow ComfyUI's) and makes ``vsf_core`` importable."""
+"""Keeps the repository's root off sys.path (its ``nodes`` would shadow ComfyUI's) and makes ``vsf_core`` importable.
+
+``--long`` multiplies how much the randomised tests try; the end of the output says how much that was.
+"""
 
 import importlib.util
 import sys
+from collections import Counter
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -20,3 +26,31 @@ def _import_package(name: str, folder: Path) -> None:
 
 
 _import_package("vsf_core", ROOT / "vsf_core")
+
+TALLY = pytest.StashKey[Counter]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="ten times the random inputs, graphs, faults and runs")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[TALLY] = Counter()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    counts = config.stash[TALLY]
+    if counts:
+        terminalreporter.write_line("tried: " + ", ".join(f"{n} {what}" for what, n in sorted(counts.items())))
+
+
+@pytest.fixture(scope="session")
+def tally(request: pytest.FixtureRequest) -> Counter:
+    """What the tests tried, and how often."""
+    return request.config.stash[TALLY]
+
+
+@pytest.fixture(scope="session")
+def times(request: pytest.FixtureRequest) -> int:
+    """How many times the usual number of random cases is asked for."""
+    return 10 if request.config.getoption("--long") else 1

@@ -2,39 +2,12 @@
 
 import math
 
-import comfy.sd
-import comfy.text_encoders.sd3_clip as sd3_clip
 import pytest
 import torch
-from comfy.supported_models_base import ClipTarget
+from encoders import make_clip, make_flux_clip, make_wan_clip
 from helpers import conditioning, load_sd3, relative, sample
 
 PROMPTS = ["roof", "a house with a red roof, wow!!!", "(roof:1.3) and (door)", "naïve café 屋根 🏠", "word " * 120]
-
-
-def tiny_config(width):
-    return {
-        "num_hidden_layers": 3,
-        "hidden_size": width,
-        "intermediate_size": 2 * width,
-        "num_attention_heads": 4,
-    }
-
-
-def make_clip(clip_l=True, clip_g=True, t5=True, seed=0):
-    width = 4096 if clip_l or clip_g else 64  # SD3 pads CLIP's embeddings to 4096 and joins T5's to them
-    options = {
-        "t5xxl_model_config": {"num_layers": 2, "d_model": width, "d_ff": 128, "d_kv": 16, "num_heads": 4},
-        "clip_l_model_config": tiny_config(64),
-        "clip_g_model_config": tiny_config(128),
-    }
-    target = ClipTarget(sd3_clip.SD3Tokenizer, sd3_clip.sd3_clip(clip_l=clip_l, clip_g=clip_g, t5=t5))
-    clip = comfy.sd.CLIP(target, model_options=options, parameters=1_000_000)
-    g = torch.Generator().manual_seed(seed)
-    for name, p in clip.cond_stage_model.named_parameters():
-        norm = "norm" in name and p.ndim == 1
-        p.data.copy_(torch.ones_like(p) if norm else torch.randn(p.shape, generator=g) * (0.5 if p.ndim < 2 else 0.2))
-    return clip
 
 
 @pytest.fixture(scope="module")
@@ -192,46 +165,12 @@ def test_negative_remembers_its_encoder(pack, clips):
 
 @pytest.fixture(scope="module")
 def flux_clip():
-    import comfy.text_encoders.flux as flux
-
-    return randomized(ClipTarget(flux.FluxTokenizer, flux.flux_clip()), 64)
+    return make_flux_clip()
 
 
 @pytest.fixture(scope="module")
 def wan_clip(tmp_path_factory):
-    """Wan's real tokenizer class over a sentencepiece model trained here on a few words."""
-    import comfy.text_encoders.wan as wan
-    import sentencepiece
-
-    folder = tmp_path_factory.mktemp("spiece")
-    words = "a red roof house tree sails boat without with and the of hands clock on " * 40
-    (folder / "text.txt").write_text("\n".join(words.split()) + "\n" + "\n".join(words[i : i + 40] for i in range(60)))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text.txt"),
-        model_prefix=str(folder / "m"),
-        vocab_size=60,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        hard_vocab_limit=False,
-    )
-    data = {"spiece_model": torch.frombuffer(bytearray((folder / "m.model").read_bytes()), dtype=torch.uint8)}
-    return randomized(ClipTarget(wan.WanT5Tokenizer, wan.te()), 4096, tokenizer_data=data)
-
-
-def randomized(target, width, **kw):
-    small = {"num_layers": 2, "d_model": width, "d_ff": 128, "d_kv": 16, "num_heads": 4}
-    options = {
-        "t5xxl_model_config": small,
-        "umt5xxl_model_config": {**small, "vocab_size": 256},
-        "clip_l_model_config": tiny_config(64),
-    }
-    clip = comfy.sd.CLIP(target, model_options=options, parameters=1_000_000, **kw)
-    g = torch.Generator().manual_seed(0)
-    for p in clip.cond_stage_model.parameters():
-        p.data.copy_(torch.randn(p.shape, generator=g) * 0.2)
-    return clip
+    return make_wan_clip(tmp_path_factory.mktemp("spiece"))
 
 
 def test_flux_negative_is_t5_without_padding(pack, flux_clip):

@@ -1,0 +1,355 @@
+"""Whatever the nodes are given: a result, or an error that names the input before the model is called. Never a NaN
+picture, a crash in a kernel, or a negative that silently does nothing."""
+
+import math
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import comfy.sd
+import comfy.sd1_clip
+import pytest
+import torch
+from comfy.supported_models_base import ClipTarget
+from encoders import make_clip, make_flux_clip, make_wan_clip, randomized
+from helpers import conditioning, load_flux, load_sd3, load_wan, relative, sample, text
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+NAN, INF = math.nan, math.inf
+CASES = {"sd3": 500, "flux": 350, "wan": 200}
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+    """Per family: its smallest model, a text encoder that fits, and how long its text and picture are on each side."""
+    clips = {
+        "sd3": make_clip(clip_l=False, clip_g=False),
+        "flux": make_flux_clip(pooled=768),
+        "wan": make_wan_clip(tmp_path_factory.mktemp("spiece")),
+        "other": randomized(ClipTarget(comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel), 64),
+    }
+    models = {"sd3": load_sd3(depth=2), "flux": load_flux(double=1, single=1), "wan": load_wan(layers=1)}
+    shapes = {"sd3": (64, 2048, (4, 6)), "flux": (64, 768, (4, 6)), "wan": (4096, 8, (2, 4, 6))}
+    made = {}
+    for name, model in models.items():
+        width, pooled, size = shapes[name]
+        calls = []
+        model.model.diffusion_model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        given = {"clip": clips[name], "clips": clips, "width": width, "pooled": pooled, "size": size}
+        made[name] = SimpleNamespace(name=name, model=model, calls=calls, stock={}, **given)
+    return made
+
+
+def positive_of(family, seed=1, length=5):
+    return conditioning(length, seed, family.width, family.pooled)
+
+
+def ready(family, tokens, **options):
+    """A conditioning to be the ``negative``; its pooled output is what layout released needs."""
+    return [[tokens, {"pooled_output": text(1, 9, family.pooled)[:, 0], **options}]]
+
+
+def run(family, model, positive, batch=1):
+    family.calls.clear()
+    return sample(model, positive, positive_of(family, 99), steps=1, size=family.size, batch=batch)
+
+
+@dataclass(repr=False)
+class Case:
+    """One use of both nodes; ``errors``: patterns of which one must match, none for a case that works."""
+
+    batch: int
+    positive: object
+    patch: dict
+    negatives: list[dict]
+    model: bool = True
+    errors: list[str] = field(default_factory=list)
+
+    def __repr__(self):
+        with torch._tensor_str.printoptions(threshold=0, edgeitems=1):
+            return f"Case({self.batch}, {self.positive}, {self.patch}, {self.negatives}, errors={self.errors})"
+
+
+WORDS = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=30),
+    st.sampled_from(["", " \n\t", None]),
+    st.sampled_from(
+        ["a roof", " ", "(roof:1.3)", "((((", "\u200b", "\0", "embedding:none", "\\(", "屋根 🏠", "e\u0301\u202e"]
+    ),
+)
+BLOCKS = {"sd3": "double", "flux": "single", "wan": "double"}
+NO_NUMBER = [NAN, INF, -INF, None, "x", 1e39, 10**400, [1.0], text(1, 1)]
+BAD_BLOCKS = (
+    "double: double:9 double:1-0 0-2 double:-1-2 ; , -- double,, all,x double:0x0 double:0:0 double:² double:٣ doublé"
+)
+BAD_BLOCKS = [*BAD_BLOCKS.split(), "double 0", "\ud800", "x" * 10_000, "double:" + "9" * 5000]
+
+
+@st.composite
+def cases(draw, family):
+    """A case in which everything fits, with at most two inputs broken after that."""
+    image, width = family.name != "wan", family.width
+    batch = draw(st.integers(1, 4))
+    fitting = st.sampled_from([b for b in range(1, batch + 1) if batch % b == 0])
+    start, end = draw(st.sampled_from([(0.0, 1.0), (0.0, 1.0), (0.0, 0.3), (0.5, 1.0)]))
+    patch = {
+        "scale": draw(st.floats(-20, 20)),
+        "offset": draw(st.one_of(st.floats(-20, 4), st.floats(-20, 100))),
+        "start_percent": start,
+        "end_percent": end,
+        "blocks": draw(
+            st.sampled_from(["", "all", " ALL ", BLOCKS[family.name], f"{BLOCKS[family.name]}:0-", "double:-0", None])
+        ),
+        "layout": draw(st.sampled_from(["paper", "released"])),
+        "affect_references": draw(st.booleans()),
+    }
+    negatives = []
+    for seed in range(1 if patch["layout"] == "released" else draw(st.sampled_from([1, 1, 2, 3]))):
+        size = draw(st.tuples(fitting if image else st.integers(1, 4), st.integers(1, 40), st.integers(1, 40)))
+        one = {"strength": draw(st.floats(0, 10)), "mask": None}
+        if draw(st.booleans()):
+            one["mask"] = draw(st.sampled_from([torch.ones, torch.zeros, torch.rand]))(size)
+        one["from_frame"], one["to_frame"] = draw(st.sampled_from([(0.0, 1.0), (0.0, 0.3), (0.7, 1.0)]))
+        if draw(st.booleans()):
+            words = draw(WORDS)
+            extrapolation = draw(st.one_of(st.just(0.0), st.floats(0, 20)))
+            negatives.append({**one, "text": words, "clip": family.clip, "extrapolation": extrapolation})
+        else:
+            tokens = text(draw(st.integers(1, 12)), seed, width, draw(fitting))
+            negatives.append({**one, "negative": ready(family, tokens)})
+    case = Case(batch, positive_of(family, 1, draw(st.integers(1, 12))), patch, negatives)
+    for what in draw(st.sets(st.sampled_from(sorted(BREAK)), max_size=2)):
+        BREAK[what](draw, family, case)
+    return case
+
+
+def break_patch_number(draw, family, case):
+    name = draw(st.sampled_from(["scale", "offset", "start_percent", "end_percent"]))
+    case.patch[name] = draw(st.sampled_from(NO_NUMBER))
+    case.errors.append(f"{name} must be a finite number")
+
+
+def break_window(draw, family, case):
+    window = draw(st.sampled_from([(0.6, 0.4), (0.5, 0.5), (-0.1, 1.0), (0.0, 1.1), (1.0, 0.0)]))
+    case.patch["start_percent"], case.patch["end_percent"] = window
+    case.errors.append("start_percent .* must lie before end_percent")
+
+
+def break_blocks(draw, family, case):
+    nonsense = st.text("xyz:-,0 ", max_size=10).map(lambda s: "q" + s)
+    case.patch["blocks"] = draw(st.one_of(st.sampled_from(BAD_BLOCKS), nonsense))
+    case.errors.append(r"blocks: .* has .*double:0-\d")
+
+
+def break_layout(draw, family, case):
+    case.patch["layout"] = draw(st.sampled_from(["", "Paper", None, 3]))
+    case.errors.append("layout must be one of paper, released")
+
+
+def break_model(draw, family, case):
+    case.model = False
+    case.errors.append("model is None")
+
+
+def break_positive(draw, family, case):
+    case.positive = draw(st.sampled_from([None, [], "x", [None], [text(1, 1)], [[text(1, 1), None]]]))
+    case.errors.append("positive (must be|is) a conditioning")
+
+
+def break_negative_number(draw, family, case):
+    name = draw(st.sampled_from(["strength", "extrapolation", "from_frame", "to_frame"]))
+    case.negatives[-1][name] = draw(st.sampled_from(NO_NUMBER))
+    case.errors.append(f"{name} must be a finite number")
+
+
+def break_frames(draw, family, case):
+    frames = draw(st.sampled_from([(0.6, 0.4), (0.5, 0.5), (-1.0, 1.0), (0.0, 2.0)]))
+    if family.name == "wan" and draw(st.booleans()):
+        frames = (0.4, 0.6)  # between the middles of two frames
+    case.negatives[-1]["from_frame"], case.negatives[-1]["to_frame"] = frames
+    case.errors += ["from_frame .* must lie before to_frame", "none of this video's 2 latent frames"]
+
+
+def break_mask(draw, family, case):
+    shape = draw(st.sampled_from([(), (3,), (0, 8, 8), (1, 0, 8), (1, 8, 0), (5, 8, 8)]))
+    mask = torch.rand(shape)
+    if shape == (5, 8, 8) and family.name == "wan":
+        mask[0, 0, 0] = NAN  # five pictures are five frames there
+    case.negatives[-1]["mask"] = draw(st.sampled_from([mask, mask * NAN, "white"]))
+    case.errors.append("mask (must be a picture|is empty|has values that are NaN|is a batch of 5)")
+
+
+def break_text(draw, family, case):
+    clips = family.clips
+    strange = [clip for name, clip in clips.items() if name != family.name]
+    broken = {
+        "text needs clip": {"text": "a roof", "clip": None},
+        "not valid Unicode": {"text": "a \ud800", "clip": family.clip},
+        "nested too deep": {"text": "(" * 2000 + "a" + ")" * 2000, "clip": family.clip},
+        "NaN or infinite": {"text": draw(st.sampled_from(["(a:nan)", "b (a:1e39)", "(a:-inf)"])), "clip": family.clip},
+        "both text and negative": {
+            "text": "a",
+            "clip": family.clip,
+            "negative": ready(family, text(2, 1, family.width)),
+        },
+        "text encoder": {"text": "a roof", "clip": draw(st.sampled_from(strange))},
+    }
+    _replace(draw, case, broken)
+
+
+def break_embedding(draw, family, case):
+    width = family.width
+    wild = text(3, 5, width)
+    wild[0, 1, 2] = draw(st.sampled_from([NAN, INF, -INF]))
+    of_no_use = [None, "x", text(3, 5, width)[0], text(3, 5, width)[None], torch.ones(1, 3, width, dtype=torch.long)]
+    broken = {
+        "NaN or infinite": ready(family, wild),
+        "must be numbers of shape": ready(family, draw(st.sampled_from(of_no_use))),
+        "embedding is empty": ready(family, text(3, 5, width)[:, : draw(st.integers(0, 0))]),
+        "no token left": ready(family, text(3, 5, width), attention_mask=torch.zeros(1, 3)),
+        "65 wide": ready(family, text(3, 5, 65)),
+        "embedding is a batch of 5": ready(family, text(3, 5, width, batch=5)),
+        "2 entries": 2 * ready(family, text(3, 5, width)),
+        "negative (must be|is) a conditioning": draw(st.sampled_from([[], "x", [None], 5])),
+        "extrapolation needs text": ready(family, text(3, 5, width)),
+    }
+    _replace(draw, case, {error: {"negative": one} for error, one in broken.items()})
+    if case.errors[-1].startswith("extrapolation"):
+        case.negatives[-1]["extrapolation"] = 8.0
+
+
+def _replace(draw, case, broken):
+    """Let the last negative come from one of ``broken`` instead."""
+    error = draw(st.sampled_from(sorted(broken)))
+    kept = {k: v for k, v in case.negatives[-1].items() if k not in ("text", "clip", "negative", "extrapolation")}
+    case.negatives[-1] = {**kept, **broken[error]}
+    case.errors.append(error)
+
+
+BREAK = {name.removeprefix("break_"): f for name, f in list(globals().items()) if name.startswith("break_")}
+
+
+def attach(pack, case):
+    positive = case.positive
+    for one in case.negatives:
+        positive = pack.negative(positive, **one)
+    return positive
+
+
+def try_out(pack, family, case):
+    """Both nodes and one step; the latent and the negatives that came to it."""
+    patched = pack.patch(family.model if case.model else None, **case.patch)
+    attached = attach(pack, case)
+    return run(family, patched, attached, case.batch), attached[0][1].get("vsf_negatives", ())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_any_input_gives_a_result_or_an_error_that_names_it(pack, families, name, times, tally):
+    family = families[name]
+    outcomes = {"works": 0, "is refused": 0, "is off": 0}
+
+    @settings(
+        max_examples=CASES[name] * times,
+        deadline=None,
+        database=None,
+        derandomize=times == 1,
+        suppress_health_check=list(HealthCheck),
+        print_blob=False,
+    )
+    @given(cases(family))
+    def check(case):
+        if case.errors:
+            family.calls.clear()
+            with pytest.raises(ValueError, match=rf"(?s)^VSF: .*({'|'.join(case.errors)})") as error:
+                try_out(pack, family, case)
+            assert not family.calls, "the model was called before the error"
+            assert len(str(error.value).encode()) < 500, "ComfyUI's log takes no half of a Unicode pair"
+            outcomes["is refused"] += 1
+            return
+        result, negatives = try_out(pack, family, case)
+        assert torch.isfinite(result).all()
+        stock = run(family, family.model, case.positive, case.batch)
+        if not negatives:
+            assert torch.equal(result, stock)
+            outcomes["is off"] += 1
+        else:
+            shown = any(n.mask is None or (n.mask.mean(dim=(1, 2)) > 0.1).all() for n in negatives)
+            acts = shown and case.patch["start_percent"] == 0 and case.patch["offset"] < 5
+            assert not (acts and torch.equal(result, stock)), "no effect, and no word about it"
+            outcomes["works"] += 1
+
+    check()
+    assert min(outcomes.values()) >= CASES[name] / 50, outcomes
+    tally["inputs"] += sum(outcomes.values())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ten_thousand_characters(pack, families, name):
+    """More tokens than any of these encoders takes at once: all of them count, and the run works."""
+    family, words = families[name], "roof house tree sails " * 455
+    assert len(words) > 10_000
+    attached = pack.negative(positive_of(family), clip=family.clip, text=words)
+    (negative,) = attached[0][1]["vsf_negatives"]
+    (short,) = pack.negative(positive_of(family), clip=family.clip, text=words[:22])[0][1]["vsf_negatives"]
+    assert negative.tokens.shape[1] >= 455 * (short.tokens.shape[1] - 1)
+    result = run(family, pack.patch(family.model), attached)
+    assert torch.isfinite(result).all()
+    assert not torch.equal(result, run(family, family.model, positive_of(family)))
+
+
+@pytest.mark.parametrize("words", ["\u200b", "\u200b\n\u200b"])
+def test_text_without_a_word_is_off_and_says_so(pack, families, words, caplog):
+    family = families["sd3"]
+    attached = pack.negative(positive_of(family), clip=family.clip, text=words)
+    assert "vsf_negatives" not in attached[0][1]
+    assert "no word that the text encoder knows" in caplog.text
+
+
+def test_batches_are_repeated_in_turn(pack, families):
+    """Four pictures; negatives of 1, 2 and 4 with masks of 4, 2 and 1: each picture is as if it were alone."""
+    family, pictures = families["sd3"], 4
+    patched = pack.patch(family.model)
+    g = torch.Generator().manual_seed(0)
+    masks = [torch.rand(b, 16, 24, generator=g) for b in (4, 2, 1)]
+    tokens = [text(3, b, family.width, batch=b) for b in (1, 2, 4)]
+
+    def attach_all(pick):
+        attached = positive_of(family)
+        for t, m in zip(tokens, masks, strict=True):
+            attached = pack.negative(attached, negative=ready(family, pick(t)), mask=pick(m))
+        return attached
+
+    together = run(family, patched, attach_all(lambda t: t), pictures)
+    alone = [run(family, patched, attach_all(lambda t, i=i: t[i % len(t)][None]), pictures)[i] for i in range(pictures)]
+    assert relative(together, torch.stack(alone)) <= 1e-5
+    assert min(relative(together[i], alone[j]) for i in range(4) for j in range(4) if i != j) > 1e-2
+
+
+def test_values_that_half_precision_cannot_hold(pack):
+    model = load_sd3(depth=2)
+    model.set_model_compute_dtype(torch.float16)
+    steps = []
+    attached = pack.negative(conditioning(), negative=[[text(3, 5) * 1e6, {}]])
+    with pytest.raises(ValueError, match="VSF: .* torch.float16, in which this model runs, cannot hold"):
+        sample(pack.patch(model), attached, size=(4, 6), callback=lambda *a: steps.append(a))
+    assert not steps
+
+
+@pytest.mark.parametrize(
+    ("pooled", "message"),
+    [(text(1, 9, 768)[:, 0] * NAN, "pooled embedding, .* NaN"), (text(1, 9, 64)[:, 0], "64 wide")],
+)
+def test_pooled_output_that_layout_released_cannot_mix(pack, families, pooled, message):
+    family = families["flux"]
+    attached = pack.negative(positive_of(family), negative=[[text(3, 5), {"pooled_output": pooled}]])
+    with pytest.raises(ValueError, match=f"VSF: .*{message}"):
+        run(family, pack.patch(family.model, layout="released"), attached)
+    assert not family.calls
+    assert torch.isfinite(run(family, pack.patch(family.model), attached)).all(), "layout paper does not use it"
+
+
+def test_a_run_that_ends_in_nan_is_an_error(pack, families):
+    family = families["sd3"]
+    attached = pack.negative(positive_of(family), negative=ready(family, text(3, 5) * 1e30))
+    with pytest.raises(RuntimeError, match="VSF: the sampled latent has values that are NaN or infinite, at scale 3.3"):
+        run(family, pack.patch(family.model), attached)

@@ -311,8 +311,8 @@ class VSFPatch:
         forward = self._forward(run, ours, context.shape[1], x, kwargs, dtype, diffusion_model)
         if kwargs.get("attention_mask") is not None:
             kwargs["attention_mask"] = _grown_mask(kwargs["attention_mask"], tokens.shape[1])
-        if "pooled" in ours:
-            kwargs["y"] = _mixed_pooled(kwargs["y"], ours["pooled"][:, 0], self.family.released.pooled)
+        if "pooled" in ours and (weight := self.family.released.pooled) is not None:
+            kwargs["y"] = _mixed_pooled(kwargs["y"], ours["pooled"][:, 0], weight)
         options = self._patched_options(transformer_options, forward)
         if compiled:
             control, kwargs = told_apart(PREFIX + forward.signature(), len(run.blocks), control, kwargs)
@@ -577,8 +577,7 @@ def _total_mask(
     return hidden if mask is None else mask + hidden
 
 
-def _mixed_pooled(positive: Tensor, negative: Tensor, weight: float | None) -> Tensor:
+def _mixed_pooled(positive: Tensor, negative: Tensor, weight: float) -> Tensor:
     """The released pipeline's pooled embedding, neg + w (pos - neg); the positive's where the negative's is NaN."""
-    assert weight is not None
     negative = negative.to(positive)
     return torch.where(torch.isnan(negative), positive, negative + weight * (positive - negative))

@@ -218,6 +218,7 @@ def test_two_threads_at_once(pack):
     assert len({a.sum().item() for a in alone}) == len(jobs)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
 @pytest.mark.parametrize("order", ["theirs first", "vsf first"])
 def test_multigpu(pack, order, cfg, monkeypatch, tmp_path):

@@ -9,6 +9,8 @@ import tiny
 import torch
 from helpers import conditioning, load_flux, load_sd3, sample, text
 
+pytestmark = pytest.mark.smoke
+
 
 @pytest.fixture(scope="module")
 def model():

@@ -99,6 +99,7 @@ def test_clip_vision_tokens_as_many_as_text_tokens(pack, tokens, extra):
     assert relative(result, expected) <= 1e-5
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("blocks", ["double:1", "double:0-1", ""])
 @pytest.mark.parametrize("kind", ["t2v", "vace"])
 def test_blocks(pack, models, kind, blocks):
@@ -166,6 +167,7 @@ def test_mask_that_moves(pack, t2v):
     assert relative(result, expected) <= 1e-5
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
 def test_neutrality_at_a_large_finite_offset(pack, models, kind, cfg):
@@ -183,6 +185,7 @@ def test_neutrality_at_a_large_finite_offset(pack, models, kind, cfg):
     assert seen.count(13 + 40) == per_forward * forwards
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
 def test_off(pack, models, kind, cfg):
@@ -203,6 +206,7 @@ def test_off(pack, models, kind, cfg):
     assert torch.equal(sample(model, prompt(kind), **run), stock)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("masked", [False, True])
 def test_context_windows(pack, t2v, masked):
     """ComfyUI's own context windows; a frame window means the whole video, not the window at hand."""

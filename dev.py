@@ -33,6 +33,11 @@ from hosting.host import (
 from hosting.server import ComfyServer, check_port
 
 PYTEST = ("-m", "pytest", "-p", "hosting.pytest_root")
+SMOKE_VERSIONS = ("0.16.3", "0.24.1")
+"""The oldest and a middle ComfyUI: on these, the usual test command runs what is marked smoke."""
+PER_VERSION = ("tests/host", "tests/server")
+"""Folders of the tests that another ComfyUI can change."""
+PACK = ("__init__.py", "nodes", "vsf_core")
 
 
 def cache_folder() -> Path:
@@ -129,20 +134,38 @@ def serve(options: argparse.Namespace) -> int:
 
 
 def test(options: argparse.Namespace, arguments: list[str]) -> int:
-    """Lint, types and tests; the tests on one ComfyUI version or on all of them in turn."""
-    versions = list(CARRIER_VERSIONS) if options.comfyui == "all" else [options.comfyui]
-    hosts = [get_host(version) for version in versions]
-    python = hosts[0].python
+    """Lint, types and tests; the tests as ``plan`` says."""
+    runs = [
+        (get_host(version), [*chosen, *arguments])
+        for version, chosen in plan(options.comfyui, selects_tests(arguments), bool(os.environ.get("COMFYUI_PATH")))
+    ]
+    python = runs[0][0].python
     require_test_tools(python)
-    env = test_env(hosts[0])
+    env = test_env(runs[0][0])
     if selects_tests(arguments):
         print("certain tests were asked for: lint and types are not checked", flush=True)
         failed = 0
     else:
         failed = lint(python)
-    if len(hosts) == 1:
-        return process.run([str(python), *PYTEST, *arguments], env=env, cwd=str(ROOT)) or failed
-    return test_all(hosts, env, arguments) or failed
+    if len(runs) == 1:
+        return process.run([str(python), *PYTEST, *runs[0][1]], env=env, cwd=str(ROOT)) or failed
+    return test_all(runs, env) or failed
+
+
+def plan(asked: str | None, selected: bool, own: bool) -> list[tuple[str | None, list[str]]]:
+    """Which ComfyUI versions run which tests (pytest arguments), each in a process of its own.
+
+    ``asked``: --comfyui; ``selected``: certain tests were asked for; ``own``: the install is the user's. Usually the
+    newest runs everything and ``SMOKE_VERSIONS`` a few telling tests; with --comfyui all, the others run all tests
+    that a version can change.
+    """
+    older = [version for version in CARRIER_VERSIONS if version != DEFAULT_VERSION]
+    if asked == "all":
+        folders = [] if selected else [folder for folder in PER_VERSION if (ROOT / folder).exists()]
+        return [(DEFAULT_VERSION, []), *((version, folders) for version in older)]
+    if asked or selected or own:
+        return [(asked, [])]
+    return [(None, []), *((version, ["tests/host", "-m", "smoke"]) for version in SMOKE_VERSIONS)]
 
 
 def selects_tests(arguments: list[str]) -> bool:
@@ -151,18 +174,23 @@ def selects_tests(arguments: list[str]) -> bool:
 
 
 def lint(python: Path) -> int:
-    """Runs ruff and the type checker as pyproject.toml configures them; always both, to show everything."""
+    """Runs ruff and the type checker as pyproject.toml configures them, and bandit; always all, to show everything."""
     status = 0
-    for name, arguments in (("ruff", ["check", "."]), ("basedpyright", ["--pythonpath", str(python)])):
+    checks = (
+        ("ruff", ["check", "."]),
+        ("basedpyright", ["--pythonpath", str(python)]),
+        ("bandit", ["--quiet", "--recursive", *PACK]),
+    )
+    for name, arguments in checks:
         print(f"== {name} {' '.join(arguments)}".rstrip(), flush=True)
         status = process.run([str(python), "-m", name, *arguments], cwd=str(ROOT)) or status
     return status
 
 
-def test_all(hosts: list[Host], env: dict[str, str], arguments: list[str]) -> int:
-    """Runs the tests on each version and ends with a line for each."""
+def test_all(runs: list[tuple[Host, list[str]]], env: dict[str, str]) -> int:
+    """Runs each version's tests and ends with a line for each."""
     summary, failed = [], 0
-    for host in hosts:
+    for host, arguments in runs:
         print(f"== ComfyUI {host.version}", flush=True)
         command = [str(host.python), *PYTEST, *arguments]
         versioned = {**env, "VSF_COMFYUI": str(host.tree)}

@@ -64,31 +64,46 @@ ENCODERS = (
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """``tokens`` [1, n, C] without padding; ``pooled`` [1, C']; ``words``: what each segment's tokens say to people."""
+    """``tokens`` [1, n, C] without padding; ``pooled`` [1, C']; ``words``: what each segment's tokens say to people;
+    ``during``: which part of the sampling it is for (``Encoding``)."""
 
     tokens: Tensor
     pooled: Tensor | None
     encoder: str
     words: dict[str, list[str]]
+    during: tuple[float, float] | None
 
 
-def encode_negative(clip: Any, text: str, extrapolation: float = 0.0) -> EncodedPrompt:
+@dataclass(frozen=True)
+class Encoding:
+    """One output of an encoder: each present segment with its embedding [1, L, C] and how many leading positions are
+    content; the pooled embedding; and from and to which part of the sampling (0..1) it counts, None = all of it."""
+
+    segments: list[tuple[Segment, Tensor, int]]
+    pooled: Tensor | None
+    during: tuple[float, float] | None
+
+
+def encode_negative(clip: Any, text: str, extrapolation: float = 0.0) -> list[EncodedPrompt]:
     """Encode ``text`` with a ComfyUI CLIP object, keep its own tokens only, apply Eq. 10 where ``extrapolation`` != 0.
 
-    Weights like ``(word:1.3)`` and ``embedding:name`` work as in CLIPTextEncode. Raises ``ValueError`` for an encoder
-    that is not in ``ENCODERS``.
+    One result, but where hooks schedule the encoder (SetClipHooks) one for each of its keyframes. Weights like
+    ``(word:1.3)`` and ``embedding:name`` work as in CLIPTextEncode. Raises ``ValueError`` for an encoder that is not in
+    ``ENCODERS``.
     """
     encoder = _encoder_of(clip)
     tokens = _tokenized(clip, text)
-    parts, words = [], {}
-    segments, pooled = _segments(clip, encoder, tokens, trim=True)
-    for segment, embedding, content in segments:
-        kept = embedding[:, :content]
-        if extrapolation:
-            kept = extrapolate(kept, _null_embeddings(clip, encoder)[segment.name], extrapolation)
-        parts.append(kept)
-        words[segment.name] = _words(clip, segment, tokens)
-    return EncodedPrompt(torch.cat(parts, dim=1), pooled, encoder.name, words)
+    encodings = _encodings(clip, encoder, tokens, trim=True)
+    nulls = _null_embeddings(clip, encoder) if extrapolation else [{}] * len(encodings)
+    out = []
+    for encoding, null in zip(encodings, nulls, strict=True):
+        parts, words = [], {}
+        for segment, embedding, content in encoding.segments:
+            kept = embedding[:, :content]
+            parts.append(extrapolate(kept, null[segment.name], extrapolation) if extrapolation else kept)
+            words[segment.name] = _words(clip, segment, tokens)
+        out.append(EncodedPrompt(torch.cat(parts, dim=1), encoding.pooled, encoder.name, words, encoding.during))
+    return out
 
 
 def _tokenized(clip: Any, text: str) -> dict:
@@ -114,11 +129,8 @@ def _encoder_of(clip: Any) -> Encoder:
     )
 
 
-def _segments(
-    clip: Any, encoder: Encoder, tokens: dict, *, trim: bool
-) -> tuple[list[tuple[Segment, Tensor, int]], Tensor | None]:
-    """Encode ``tokens``: each present segment with its embedding [1, L, C] and how many leading positions are content;
-    and the pooled embedding.
+def _encodings(clip: Any, encoder: Encoder, tokens: dict, *, trim: bool) -> list[Encoding]:
+    """Encode ``tokens``, once for each keyframe of a scheduled encoder.
 
     ``trim`` shortens the token lists of bidirectional encoders before they are encoded.
     """
@@ -137,26 +149,36 @@ def _segments(
             of_keys.append((before + len(last), before + content))
         lengths.append(min(length for length, _ in of_keys))  # as SD3 cuts CLIP-L and CLIP-G to the shorter one
         contents.append(min(lengths[-1], max(content for _, content in of_keys)))
-    embedding, pooled = clip.encode_from_tokens(tokens, return_pooled=True)
-    if embedding.shape[1] != sum(lengths):
-        raise RuntimeError(
-            f"VSF: {encoder.model_class} returned {embedding.shape[1]} positions where {sum(lengths)} were expected; "
-            "this ComfyUI encodes text in a way that this version of ComfyUI-VSF does not know. Please report it."
-        )
-    return list(zip(present, embedding.split(lengths, dim=1), contents, strict=True)), pooled
+    out = []
+    for embedding, options in clip.encode_from_tokens_scheduled(tokens, show_pbar=False):
+        if embedding.shape[1] != sum(lengths):
+            raise RuntimeError(
+                f"VSF: {encoder.model_class} returned {embedding.shape[1]} positions where {sum(lengths)} were "
+                "expected; this ComfyUI encodes text in a way that this version of ComfyUI-VSF does not know. Please "
+                "report it."
+            )
+        segments = list(zip(present, embedding.split(lengths, dim=1), contents, strict=True))
+        out.append(Encoding(segments, options.get("pooled_output"), scheduled_part(options)))
+    return out
+
+
+def scheduled_part(options: dict) -> tuple[float, float] | None:
+    """Which part of the sampling a CONDITIONING entry's dict is for, as a scheduled encoder says it."""
+    return (options["clip_start_percent"], options["clip_end_percent"]) if "clip_start_percent" in options else None
 
 
 _null_cache: WeakKeyDictionary = WeakKeyDictionary()
 
 
-def _null_embeddings(clip: Any, encoder: Encoder) -> dict[str, Tensor]:
-    """Eq. 10's null condition per segment, kept for as long as the encoder lives with these patches and layer."""
+def _null_embeddings(clip: Any, encoder: Encoder) -> list[dict[str, Tensor]]:
+    """Eq. 10's null condition per encoding and segment, kept for as long as the encoder lives with these patches and
+    layer; made anew where hooks change the encoder."""
     key = (clip.patcher.patches_uuid, clip.layer_idx)
     cached = _null_cache.setdefault(clip.cond_stage_model, {})
-    if key not in cached:
+    if key not in cached or clip.patcher.forced_hooks is not None:
         cached.clear()
-        padded, _ = _segments(clip, encoder, clip.tokenize(""), trim=False)
-        cached[key] = {s.name: null_embedding(embedding, content) for s, embedding, content in padded}
+        padded = _encodings(clip, encoder, clip.tokenize(""), trim=False)
+        cached[key] = [{s.name: null_embedding(emb, content) for s, emb, content in e.segments} for e in padded]
     return cached[key]
 
 

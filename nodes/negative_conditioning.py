@@ -6,7 +6,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from . import checks
-from .encode import EncodedPrompt, encode_negative
+from .encode import EncodedPrompt, encode_negative, scheduled_part
 from .negative import KEY, Negative, negatives_of
 
 log = logging.getLogger(__name__)
@@ -123,12 +123,14 @@ class VSFNegativeConditioning(io.ComfyNode):
             if clip is None:
                 raise ValueError("VSF: text needs clip: connect the text encoder that encodes the positive prompt.")
             encoded = encode_negative(clip, text, extrapolation)
-            if not any(encoded.words.values()):  # invisible characters, an embedding that is not there
+            if not any(encoded[0].words.values()):  # invisible characters, an embedding that is not there
                 log.warning("VSF: the text has no word that the text encoder knows: the negative is off.")
                 return io.NodeOutput(positive, ui=ui.PreviewText("off: no word in the text"))
-            tokens = checks.embedding(encoded.tokens)
-            made = Negative(tokens, **where, encoder=encoded.encoder, pooled=encoded.pooled)
-            return io.NodeOutput(_attach(positive, made), ui=ui.PreviewText(_describe(encoded)))
+            made = {
+                e.during: Negative(checks.embedding(e.tokens), **where, encoder=e.encoder, pooled=e.pooled)
+                for e in encoded
+            }
+            return io.NodeOutput(_attach(positive, made), ui=ui.PreviewText(_describe(encoded[0])))
         if negative is not None:
             if extrapolation:
                 raise ValueError(
@@ -137,12 +139,26 @@ class VSFNegativeConditioning(io.ComfyNode):
                 )
             tokens = _taken_as_it_is(checks.conditioning("negative", negative))
             made = Negative(tokens, **where, pooled=negative[0][1].get("pooled_output"))
-            return io.NodeOutput(_attach(positive, made), ui=ui.PreviewText(f"{tokens.shape[1]} tokens, as given"))
+            text = f"{tokens.shape[1]} tokens, as given"
+            return io.NodeOutput(_attach(positive, {None: made}), ui=ui.PreviewText(text))
         return io.NodeOutput(positive, ui=ui.PreviewText("off: no negative"))
 
 
-def _attach(positive: list, negative: Negative) -> list:
-    return [[cond, {**options, KEY: (*negatives_of(options), negative)}] for cond, options in positive]
+def _attach(positive: list, made: dict[tuple[float, float] | None, Negative]) -> list:
+    """``positive`` with the negative; where hooks schedule its encoder, each entry with that of its part."""
+    out = []
+    for cond, options in positive:
+        part = scheduled_part(options)
+        if len(made) > 1 and part not in made:
+            parts = ", ".join(f"{during[0]:g} to {during[1]:g}" for during in made if during)
+            raise ValueError(
+                f"VSF: hooks schedule this clip in {len(made)} parts of the sampling ({parts}), but not the "
+                "positive prompt in this way. Encode both with the same CLIP, or connect here the one from before Set "
+                "CLIP Hooks."
+            )
+        negative = made[part] if len(made) > 1 else next(iter(made.values()))
+        out.append([cond, {**options, KEY: (*negatives_of(options), negative)}])
+    return out
 
 
 def _taken_as_it_is(negative: list) -> torch.Tensor:

@@ -32,6 +32,7 @@ from .blocks import Block, all_blocks, parse_blocks
 from .compiled import is_compiled, told_apart, unwrapped
 from .families import Family, Released
 from .host_attention import OVERRIDE, Backend, HostAttention, choose_backend
+from .host_check import changed_host
 from .negative import KEY, PREFIX, Negative, count_tokens, in_frames, negatives_of, step_conds
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,10 @@ class Run:
     paths: set[str] = field(default_factory=set)
     cache: dict = field(default_factory=dict)
     backends: dict[Callable | None, Backend] = field(default_factory=dict)
+    stepped: bool = False
+    """Whether ComfyUI asked for a prediction through ``calc_cond_batch``."""
+    applied: bool = False
+    """Whether a negative reached ``apply_model``."""
     reported: bool = False
 
 
@@ -158,7 +163,13 @@ class VSFPatch:
 
     def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
         guider = executor.class_obj
-        entries = [(branch, entry) for branch, entries in guider.conds.items() for entry in entries]
+        try:
+            entries = [(branch, entry) for branch, entries in guider.conds.items() for entry in entries]
+            options = guider.model_options["transformer_options"]  # this run's own copy
+            noise = kwargs["noise"] if "noise" in kwargs else args[0]
+            sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
+        except (AttributeError, KeyError, IndexError) as error:
+            raise changed_host(f"the sampler hands its runs over without {error}") from error
         longest = max((count_tokens(negatives_of(entry)) for _, entry in entries), default=0)
         if longest == 0:
             log.warning(
@@ -172,7 +183,6 @@ class VSFPatch:
                 "at all. Attach VSF Negative Conditioning to the positive."
             )
         diffusion_model = unwrapped(guider.model_patcher.model.diffusion_model)
-        noise = kwargs["noise"] if "noise" in kwargs else args[0]
         patcher = guider.model_patcher  # which has not put its object patches in place yet
         dtype = patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
         self._check_negatives([entry for _, entry in entries], diffusion_model, noise, dtype)
@@ -184,13 +194,14 @@ class VSFPatch:
             latent_frames=noise.shape[2] if noise.ndim == 5 else None,
         )
         for _, entry in entries:
-            entry["model_conds"] = {**entry["model_conds"], KEY: negatives_of(entry)}
-        options = guider.model_options["transformer_options"]  # this run's own copy
+            entry["model_conds"] = {**entry["model_conds"], KEY: _Carried(negatives_of(entry))}
         options[RUN_KEY] = run
         try:
             result = executor(*args, **kwargs)
         finally:
             options.pop(RUN_KEY, None)
+        if not run.stepped and len(sigmas) > 1:
+            raise _unwrapped_step()
         if not run.reported:
             s = self.settings
             log.warning(
@@ -282,11 +293,18 @@ class VSFPatch:
         self, executor: Any, model: Any, conds: list, x_in: Tensor, timestep: Tensor, model_options: dict
     ) -> Any:
         run: Run | None = model_options.get("transformer_options", {}).get(RUN_KEY)
-        if run is not None:
-            in_window = self._in_window(model, timestep)
-            added = self._additions(run, conds, x_in, timestep, model_options) if in_window else {}
-            conds = [branch and [_with_model_conds(entry, added) for entry in branch] for branch in conds]
-        return executor(model, conds, x_in, timestep, model_options)
+        if run is None:
+            if any(negatives_of(entry) for branch in conds if branch for entry in branch):
+                raise changed_host("this run began past the wrappers of OUTER_SAMPLE, or lost its transformer_options")
+            return executor(model, conds, x_in, timestep, model_options)
+        run.stepped = True
+        in_window = self._in_window(model, timestep)
+        added = self._additions(run, conds, x_in, timestep, model_options) if in_window else {}
+        conds = [branch and [_with_model_conds(entry, added) for entry in branch] for branch in conds]
+        result = executor(model, conds, x_in, timestep, model_options)
+        if added and not run.applied:
+            raise changed_host("this run called the model past the wrappers of APPLY_MODEL")
+        return result
 
     def _in_window(self, model: Any, timestep: Tensor) -> bool:
         """The bounds are computed here since a later ModelSampling node may change them; 0 and 1 are no bounds."""
@@ -326,9 +344,12 @@ class VSFPatch:
         ours = {key.removeprefix(PREFIX): kwargs.pop(key) for key in list(kwargs) if key.startswith(PREFIX)}
         if not ours:
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
-        assert c_crossattn is not None
+        run: Run | None = transformer_options.get(RUN_KEY)
+        if run is None or c_crossattn is None:
+            lost = "the text (c_crossattn)" if c_crossattn is None else "this run's transformer_options"
+            raise changed_host(f"the model was called without {lost}")
+        run.applied = True
         diffusion_model = unwrapped(executor.class_obj.diffusion_model)
-        run: Run = transformer_options[RUN_KEY]
         compiled = is_compiled(executor.class_obj.diffusion_model, transformer_options)
         if compiled:
             ours = _lengthened(ours, -ours["tokens"].shape[1] % COMPILED_MULTIPLE)
@@ -342,8 +363,8 @@ class VSFPatch:
         forward = self._forward(run, ours, context.shape[1], x, kwargs, backend, diffusion_model)
         if kwargs.get("attention_mask") is not None:
             kwargs["attention_mask"] = _grown_mask(kwargs["attention_mask"], tokens.shape[1])
-        if "pooled" in ours:
-            kwargs["y"] = _mixed_pooled(kwargs["y"], ours["pooled"][:, 0], self.family.released.pooled)
+        if "pooled" in ours and (weight := self.family.released.pooled) is not None:
+            kwargs["y"] = _mixed_pooled(kwargs["y"], ours["pooled"][:, 0], weight)
         options = self._patched_options(transformer_options, forward)
         if compiled:
             control, kwargs = told_apart(PREFIX + forward.signature(), len(run.blocks), control, kwargs)
@@ -454,6 +475,18 @@ class VSFPatch:
             )
 
 
+class _Carried(tuple[Negative, ...]):
+    """Negatives on their way through ``model_conds``, of which ``calc_cond_batch`` takes them out again."""
+
+    def process_cond(self, **_: Any) -> None:
+        """What ComfyUI asks of whatever it finds there."""
+        raise _unwrapped_step()
+
+
+def _unwrapped_step() -> RuntimeError:
+    return changed_host("this run took its steps past the wrappers of CALC_COND_BATCH")
+
+
 def _lengthened(ours: dict, extra: int) -> dict:
     """``ours`` with ``extra`` tokens of padding at the end of N, and a bias per token."""
     length = ours["tokens"].shape[1]
@@ -505,14 +538,18 @@ def _run_block(block: Block, position: int, previous: Callable | None, args: dic
     """An entry of ``patches_replace["dit"]``: the block with VSF's attention, inside whatever was there before."""
 
     def original(inner: dict) -> dict:
-        options = inner["transformer_options"]
-        forward: Forward = options[FORWARD_KEY]
+        try:
+            options, stock = inner["transformer_options"], extra["original_block"]
+            forward: Forward = options[FORWARD_KEY]
+            # where there is no joint sequence, the override is in force already
+            layout = None if forward.family.cross else forward.family.layout(block[0], inner, forward.tokens)
+        except KeyError as missing:
+            raise changed_host(f"{block[0]} blocks hand their patches no {missing}") from missing
         here: dict[str, Any] = {PLACE_KEY: forward.place(block, forward.reached[1, position])}
-        if not forward.family.cross:  # else the override is in force already
-            layout = forward.family.layout(block[0], inner, forward.tokens)
+        if layout is not None:
             here[OVERRIDE] = partial(_joint_override, layout, options.get(OVERRIDE))
         forward.reached[0, position].add_(1)
-        return extra["original_block"]({**inner, "transformer_options": {**options, **here}})
+        return stock({**inner, "transformer_options": {**options, **here}})
 
     if previous is None:
         return original(args)
@@ -608,8 +645,7 @@ def _total_mask(
     return hidden if mask is None else mask + hidden
 
 
-def _mixed_pooled(positive: Tensor, negative: Tensor, weight: float | None) -> Tensor:
+def _mixed_pooled(positive: Tensor, negative: Tensor, weight: float) -> Tensor:
     """The released pipeline's pooled embedding, neg + w (pos - neg); the positive's where the negative's is NaN."""
-    assert weight is not None
     negative = negative.to(positive)
     return torch.where(torch.isnan(negative), positive, negative + weight * (positive - negative))

@@ -2,12 +2,21 @@
 
 from typing import Any
 
+from ..compiled import unwrapped
+from ..host_check import changed_host
 from .base import Family, Released
 from .flux import Flux
 from .sd3 import SD3
 from .wan import Wan
 
 FAMILIES: tuple[Family, ...] = (SD3(), Flux(), Wan())
+
+OTHER_LOADERS = {
+    "ComfyFlux": "ComfyUI-nunchaku",
+    "Nunchaku": "ComfyUI-nunchaku",
+    "WanVideoModel": "ComfyUI-WanVideoWrapper",
+}
+"""How the classes of packs begin that run a model by code of their own, past every hook of ComfyUI's."""
 
 
 def family_of(model: Any) -> Family:
@@ -16,13 +25,27 @@ def family_of(model: Any) -> Family:
     Raises ``ValueError`` that names the model's class and what is supported.
     """
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
-    for family in FAMILIES:
-        if kind in family.model_classes:
-            family.check(model)
-            return family
+    family = next((family for family in FAMILIES if kind in family.model_classes), None)
+    diffusion_model = unwrapped(getattr(model, "diffusion_model", None))
+    if family is None:
+        raise _unsupported(model)
+    if not type(diffusion_model).__module__.startswith("comfy.ldm."):
+        raise _unsupported(diffusion_model)  # ComfyUI's class around another pack's network
+    try:
+        family.check(model)
+        for ask in (family.block_counts, family.context_width, family.head_dim):  # what a run will ask for
+            ask(diffusion_model)
+    except AttributeError as error:
+        raise changed_host(f"this model of {family.title} is built otherwise ({error})") from error
+    return family
+
+
+def _unsupported(model: object) -> ValueError:
+    name = type(model).__qualname__
+    origin = next((f" of {pack}" for start, pack in OTHER_LOADERS.items() if name.startswith(start)), "")
     supported = "; ".join(family.title for family in FAMILIES)
-    raise ValueError(
-        f"VSF: models of class {type(model).__qualname__} are not supported. Supported: {supported}. "
+    return ValueError(
+        f"VSF: models of class {name}{origin} are not supported. Supported, with ComfyUI's own loaders: {supported}. "
         "Connect one of these, or remove VSF Model Patch from this workflow."
     )
 

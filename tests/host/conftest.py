@@ -25,9 +25,14 @@ from hosting.client import run_in_thread  # noqa: E402
 import nodes  # noqa: E402
 
 
-@pytest.fixture(scope="session")
-def pack() -> SimpleNamespace:
+@pytest.fixture(scope="session", name="pack")
+def pack_fixture() -> SimpleNamespace:
     """The pack's two nodes, as ComfyUI registered them."""
+    return load_pack()
+
+
+def load_pack() -> SimpleNamespace:
+    """Has ComfyUI load the pack; fails where it can't."""
     logging.getLogger().setLevel(logging.INFO)
     # in a thread of its own: the browser tests' driver may keep an event loop running in this one
     assert run_in_thread(nodes.load_custom_node(str(ROOT)))

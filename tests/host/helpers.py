@@ -4,6 +4,7 @@ import comfy.sample
 import comfy.sd
 import tiny
 import torch
+from oracle import Expect, oracle_model
 
 
 def load_sd3(**kw):
@@ -75,3 +76,41 @@ def with_override(model, override):
     clone = model.clone()
     clone.model_options["transformer_options"]["optimized_attention_override"] = override
     return clone
+
+
+FAMILIES = {
+    "sd3": (load_sd3, 64, 2048, (16, 24)),
+    "flux": (load_flux, 64, 768, (16, 24)),
+    "wan": (load_wan, 4096, 1, (3, 8, 10)),
+}
+"""How a tiny model of a family is loaded, how wide its text and its pooled text are, and a latent size."""
+
+
+def prompt(family, length=13, seed=1, **options):
+    """A CONDITIONING of one entry for a model of the family."""
+    _, width, pooled, _ = FAMILIES[family]
+    return conditioning(length, seed, width, pooled, **options)
+
+
+def negative_of(family, n=5, seed=5):
+    """The embedding of a negative for a model of the family."""
+    return text(n, seed, FAMILIES[family][1])
+
+
+def run(family, model, positive, negative=None, **kw):
+    """``sample`` at the family's latent size."""
+    return sample(model, positive, negative, size=FAMILIES[family][3], **kw)
+
+
+def compare(pack, family, apply=lambda m: m, order="theirs first", model=None, **kw):
+    """The final latents of a run with another node's patch ``apply`` and VSF, of the oracle's with that patch, and of
+    the oracle's without it."""
+    model = model or FAMILIES[family][0]()
+    positive, negative = prompt(family), negative_of(family)
+    patched = pack.patch(apply(model)) if order == "theirs first" else apply(pack.patch(model))
+    expects = [Expect(positive[0][0], negative, 3.3, 0.2)]
+    result = run(family, patched, pack.negative(positive, negative=[[negative, {}]]), **kw)
+    expected, without = (
+        run(family, oracle_model(m, expects)[0], positive, **kw) for m in (apply(model.clone()), model)
+    )
+    return result, expected, without

@@ -71,6 +71,7 @@ def test_two_negatives_with_two_masks(pack, model):
     assert relative(sample(pack.patch(model), both), sample(reference, positive)) <= 1e-5
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
 def test_combined_entries_of_different_lengths(pack, model, cfg):
     """Two positives in one batch, one with 3 negative tokens, one with 8, and an uncond with none."""
@@ -104,6 +105,7 @@ def test_negative_is_attached_to_every_positive_entry(pack, model):
     assert relative(result, sample(reference, one + two)) <= 1e-5
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("masked", [False, True])
 def test_area(pack, model, masked):
     """ComfyUI copies a positive with an area into the uncond branch, our key and all: uncond must stay without N."""

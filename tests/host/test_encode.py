@@ -75,6 +75,7 @@ def test_t5_part_is_encoded_without_its_padding(pack, clips):
     assert relative(padded[:, : made.shape[1]], made) > 1e-3
 
 
+@pytest.mark.smoke
 def test_sd3_negative_is_clip_then_t5(pack, clips):
     made, clip_l_g = (
         attached(pack, clips["all"], "a red roof").tokens,
@@ -173,6 +174,7 @@ def wan_clip(tmp_path_factory):
     return make_wan_clip(tmp_path_factory.mktemp("spiece"))
 
 
+@pytest.mark.smoke
 def test_flux_negative_is_t5_without_padding(pack, flux_clip):
     made = attached(pack, flux_clip, "a red roof")
     ids = flux_clip.tokenizer.t5xxl.tokenizer("a red roof")["input_ids"]
@@ -193,6 +195,7 @@ def test_flux_extrapolation_is_eq_10_by_hand(pack, flux_clip, strength):
     assert relative(moved, plain + strength * (plain - null)) < 1e-6
 
 
+@pytest.mark.smoke
 def test_wan_negative_keeps_exactly_its_own_tokens(pack, wan_clip):
     """umt5 masks and zeroes its padding, so trimming before or after encoding is the same."""
     made = attached(pack, wan_clip, "a red roof")

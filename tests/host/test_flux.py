@@ -65,6 +65,7 @@ def test_parity_over_scale_and_offset(pack, schnell, alpha, beta):
     assert relative(result, expected) <= 1e-5
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("sizes", [[(16, 24)], [(10, 12), (7, 9)]], ids=["one", "two odd"])
 @pytest.mark.parametrize(("batch", "cfg"), [(1, 1.0), (2, 2.5)])
 def test_reference_latents(pack, model, sizes, batch, cfg):
@@ -128,6 +129,7 @@ def test_mask_over_the_text(pack, schnell, form, batch, cfg):
     assert relative(result, sample(oracle, short, short_uncond, cfg=cfg, batch=batch)) <= 1e-5
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("blocks", "selected"),
     [("double", {0, 1}), ("single:1", {3}), ("double:1,single:0-", {1, 2, 3}), ("all", {0, 1, 2, 3})],
@@ -163,6 +165,7 @@ def test_released_layout_needs_one_negative_with_a_pooled_output(pack, schnell):
         sample(pack.patch(schnell, layout="released"), two)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("n", [1, 40])
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
 @pytest.mark.parametrize("references", [False, True])
@@ -178,6 +181,7 @@ def test_neutrality_at_a_large_finite_offset(pack, model, n, cfg, references):
     assert seen.count(total) == 2 * BLOCKS * 3  # image rows and N0's rows see all keys, in each block and step
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
 def test_off(pack, model, cfg):
     stock = sample(model, prompt(), cfg=cfg, batch=2)

@@ -41,6 +41,7 @@ def oracle_of(model, positive):
     return oracle_model(model, [Expect(p[0], NEGATIVE, 3.3, 0.2) for p in positive])[0]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("order", ["lora first", "vsf first"])
 def test_lora(pack, model, order):
     key = "diffusion_model.joint_blocks.0.x_block.attn.qkv"
@@ -68,6 +69,7 @@ def controlnet(model):
     return comfy.controlnet.ControlNet(net, compression_ratio=1, load_device=comfy.model_management.get_torch_device())
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
 def test_controlnet(pack, model, cfg):
     """ControlNets run before the negative joins, and never see it."""
@@ -123,6 +125,7 @@ def test_block_patch_that_changes_its_input(pack, model):
     assert relative(sample(apply(pack.patch(model)), attach(pack, positive)), expected) <= 1e-5
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("order", ["theirs first", "vsf first"])
 def test_override_of_another_pack_is_chained(pack, model, order):
     """Sage-like patches keep computing the attention; its kwargs and its place in the slot survive."""
@@ -159,6 +162,7 @@ def test_samplers(pack, model, sampler):
     assert relative(sample(pack.patch(model), attach(pack, positive), sampler=sampler, steps=4), expected) <= 2e-5
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("guider", ["basic", "cfg", "dual"])
 def test_guiders(pack, model, guider):
     def run(m, positive):

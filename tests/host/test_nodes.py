@@ -2,11 +2,14 @@
 
 import logging
 
+import comfy.model_base
 import comfy.sd
 import pytest
 import tiny
 import torch
-from helpers import conditioning, load_sd3, sample, text
+from helpers import conditioning, load_flux, load_sd3, sample, text
+
+pytestmark = pytest.mark.smoke
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,7 @@ def test_unsupported_model(pack):
 
     model = load_sd3()
     model.model.__class__ = Subclass
-    with pytest.raises(ValueError, match=r"class .*Subclass are not supported. Supported: Stable Diffusion 3"):
+    with pytest.raises(ValueError, match=r"class .*Subclass are not supported. Supported, .*: Stable Diffusion 3"):
         pack.patch(model)
 
 
@@ -206,3 +209,19 @@ def test_a_replaced_forward_fails_loudly(pack, model, monkeypatch):
     attached = pack.negative(conditioning(), negative=[[text(4, 5), {}]])
     with pytest.raises(RuntimeError, match="no block of this model ran through"):
         sample(pack.patch(model), attached)
+
+
+@pytest.mark.parametrize(
+    ("outer", "name", "pack_name"),
+    [(False, "ComfyFluxWrapper", "ComfyUI-nunchaku"), (True, "WanVideoModel", "ComfyUI-WanVideoWrapper")],
+)
+def test_models_of_packs_with_their_own_forward_are_named(pack, outer, name, pack_name):
+    """Nunchaku puts its network into ComfyUI's Flux; Kijai's Wan nodes have a model class of their own."""
+    model = load_flux()
+    stranger = type(name, (comfy.model_base.BaseModel if outer else torch.nn.Module,), {})
+    if outer:
+        model.model.__class__ = stranger
+    else:
+        model.model.diffusion_model = stranger()
+    with pytest.raises(ValueError, match=rf"models of class {name} of {pack_name} are not supported. Supported, with"):
+        pack.patch(model)

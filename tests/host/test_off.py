@@ -5,6 +5,8 @@ import pytest
 import torch
 from helpers import conditioning, load_sd3, sample, spy_override, text, with_override
 
+pytestmark = pytest.mark.smoke
+
 
 @pytest.fixture(scope="module")
 def model():

@@ -46,6 +46,7 @@ def test_medium_calls_its_second_attention(model, pack):
     assert record.passed == len(record.forwards) * len(model.model.diffusion_model.x_block_self_attn_layers)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("n", [1, 40])
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
 @pytest.mark.parametrize("seed", [5, 6])
@@ -82,6 +83,7 @@ def test_cond_and_uncond_stay_in_one_forward(pack, model):
     assert any(len(call) == 2 for call in forwards["vsf"])
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("n", [1, 7])
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
 def test_released_layout(pack, model, n, cfg):
@@ -115,6 +117,7 @@ def test_released_layout_is_the_paper_layout_with_other_numbers(pack, model):
     assert relative(mapped[:, :, layout.span("I")], released[:, :, with_copy.span("I")]) < 1e-12
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("blocks", ["double:1", "double:0-1", "double:2-", "double"])
 def test_blocks(pack, model, blocks):
     """In a block that is not selected the image does not see N; N0 goes on in isolation."""

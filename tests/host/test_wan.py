@@ -1,7 +1,9 @@
 """Wan 2.1 and 2.2, whole models through the real sampler: cross-attention by Eq. 9, every other attention untouched."""
 
+import inspect
 from types import SimpleNamespace
 
+import comfy.model_base
 import pytest
 import torch
 from helpers import conditioning, load_wan, relative, sample, spy_override, text, with_override
@@ -97,6 +99,7 @@ def test_clip_vision_tokens_as_many_as_text_tokens(pack, tokens, extra):
     assert relative(result, expected) <= 1e-5
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("blocks", ["double:1", "double:0-1", ""])
 @pytest.mark.parametrize("kind", ["t2v", "vace"])
 def test_blocks(pack, models, kind, blocks):
@@ -134,6 +137,8 @@ REFERENCES = {
 def test_mask_and_reference_tokens(pack, models, case, affected):
     """A mask means the video alone; whether reference tokens see the negative is ``affect_references``."""
     kind, options = REFERENCES[case]
+    if "context_latents" in options and "context_latents" not in inspect.getsource(comfy.model_base.WAN21):
+        pytest.skip("this ComfyUI's Wan takes no context_latents")
     inside = torch.zeros(3, 4, 5)
     inside[:, 1:3, 1:4] = 1.0
     counts = {"before": (20, 0), "after, in time": (0, 20), "after, in context": (0, 20 + 2 * 12)}.get(case, (0, 0))
@@ -162,6 +167,7 @@ def test_mask_that_moves(pack, t2v):
     assert relative(result, expected) <= 1e-5
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
 def test_neutrality_at_a_large_finite_offset(pack, models, kind, cfg):
@@ -179,6 +185,7 @@ def test_neutrality_at_a_large_finite_offset(pack, models, kind, cfg):
     assert seen.count(13 + 40) == per_forward * forwards
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
 def test_off(pack, models, kind, cfg):
@@ -199,6 +206,7 @@ def test_off(pack, models, kind, cfg):
     assert torch.equal(sample(model, prompt(kind), **run), stock)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("masked", [False, True])
 def test_context_windows(pack, t2v, masked):
     """ComfyUI's own context windows; a frame window means the whole video, not the window at hand."""

@@ -1,0 +1,144 @@
+"""A ComfyUI older than supported, or one whose seams changed: named where it happens, never half-applied.
+
+Each test makes a tree of links to the real one in which single lines differ, and runs it in a process of its own.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hosting.client import ComfyClient
+from hosting.server import ComfyServer
+
+TREE = Path(os.environ["VSF_COMFYUI"])
+ROOT = Path(__file__).resolve().parents[2]
+
+MMDIT, FLUX, WAN = "comfy/ldm/modules/diffusionmodules/mmdit.py", "comfy/ldm/flux/model.py", "comfy/ldm/wan/model.py"
+SAMPLERS, BASE = "comfy/samplers.py", "comfy/model_base.py"
+GET_WRAPPERS = r"comfy\.patcher_extension\.get_all_wrappers\(comfy\.patcher_extension\.WrappersMP\.{}\b[^)]*\)"
+
+
+def changed_tree(folder: Path, edits: list[tuple[str, str, str]]) -> Path:
+    """The real tree but for ``edits``: (file, pattern, replacement); a pattern that is not there fails."""
+    out = folder / "ComfyUI"
+    link_children(TREE, out)
+    for name, pattern, replacement in edits:
+        for parent in reversed(Path(name).parents[:-1]):
+            if (out / parent).is_symlink():
+                (out / parent).unlink()
+                link_children(TREE / parent, out / parent)
+        text, count = re.subn(pattern, replacement, (out / name).read_text(encoding="utf-8"))
+        assert count, f"{name} has no {pattern}"
+        (out / name).unlink()
+        (out / name).write_text(text, encoding="utf-8")
+    return out
+
+
+def link_children(real: Path, folder: Path) -> None:
+    folder.mkdir()
+    for entry in real.iterdir():
+        (folder / entry.name).symlink_to(entry)
+
+
+def run_on(tree: Path, family: str) -> tuple[list[str], str]:
+    """What the script printed, and the log."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("on_changed_host.py")), family],
+        # the tree's caches of compiled code are the real one's: nothing of a changed file may get there
+        env={**os.environ, "VSF_COMFYUI": str(tree), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines(), done.stderr
+
+
+def test_the_unchanged_tree_works(tmp_path):
+    """Else the other tests here would show nothing."""
+    lines, _ = run_on(changed_tree(tmp_path, [(SAMPLERS, r"\A", "")]), "sd3")
+    assert lines == ["NODES 2", "CHANGED True"]
+
+
+CASES = {
+    "block patches are not asked for": (
+        "sd3",
+        [(MMDIT, r'transformer_options\.get\("patches_replace", \{\}\)', "{}")],
+        "no block of this model ran through ComfyUI's block patches",
+    ),
+    "the attention override is not asked for": (
+        "wan",
+        [("comfy/ldm/modules/attention.py", r'if "optimized_attention_override" in', 'if "renamed" in')],
+        "double block 0 ran without the attention call over text",
+    ),
+    "a block's arguments have other names": (
+        "flux",
+        [(FLUX, r'"txt": txt', '"text": txt'), (FLUX, r'txt=args\["txt"\]', 'txt=args["text"]')],
+        "double blocks hand their patches no 'txt'",
+    ),
+    "single blocks do not say where the image begins": (
+        "flux",
+        [(FLUX, r'transformer_options\["img_slice"\]', 'transformer_options["image_at"]')],
+        "single blocks hand their patches no 'img_slice'",
+    ),
+    "blocks get no transformer_options": (
+        "sd3",
+        [(MMDIT, r'"vec": c_mod, "transformer_options": transformer_options', '"vec": c_mod')],
+        "double blocks hand their patches no 'transformer_options'",
+    ),
+    "a model's attribute has another name": (
+        "flux",
+        [(FLUX, r"self\.hidden_size", "self.width")],
+        "built otherwise .*no attribute 'hidden_size'",
+    ),
+    "OUTER_SAMPLE is not called": (
+        "sd3",
+        [(SAMPLERS, GET_WRAPPERS.format("OUTER_SAMPLE"), "[]")],
+        "began past the wrappers of OUTER_SAMPLE",
+    ),
+    "CALC_COND_BATCH is not called": (
+        "sd3",
+        [(SAMPLERS, GET_WRAPPERS.format("CALC_COND_BATCH"), "[]")],
+        "past the wrappers of CALC_COND_BATCH",
+    ),
+    "APPLY_MODEL is not called": (
+        "wan",
+        [(BASE, GET_WRAPPERS.format("APPLY_MODEL"), "[]")],
+        "past the wrappers of APPLY_MODEL",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_changed_seam_is_named(tmp_path, case):
+    family, edits, message = CASES[case]
+    lines, _ = run_on(changed_tree(tmp_path, edits), family)
+    assert lines[0] == "NODES 2" and len(lines) == 2
+    assert re.match(rf"ERROR RuntimeError VSF: .*{message}", lines[1]), lines[1]
+
+
+def test_a_seam_that_is_gone_keeps_the_nodes_away(tmp_path):
+    files = [path for path in (*TREE.glob("comfy/*.py"), *TREE.glob("comfy_extras/*.py"))]
+    users = [str(path.relative_to(TREE)) for path in files if "CALC_COND_BATCH" in path.read_text(encoding="utf-8")]
+    tree = changed_tree(tmp_path, [(name, "CALC_COND_BATCH", "COMPUTE_CONDS") for name in users])
+    lines, log = run_on(tree, "sd3")
+    assert lines == ["NODES 0"]
+    assert len(re.findall("VSF:", log)) == 1
+    assert "needs comfy.patcher_extension.WrappersMP.CALC_COND_BATCH, which this ComfyUI" in log
+
+
+def test_an_older_comfyui_starts_with_one_line_in_the_log(tmp_path):
+    """The real server; all else of ComfyUI is as it was."""
+    older = ("comfyui_version.py", r'__version__ = ".*"', '__version__ = "0.16.2"')
+    # main.py is no link: Python looks for modules where the script really is
+    tree = changed_tree(tmp_path, [older, ("main.py", r"\A", "")])
+    with ComfyServer(tree, sys.executable, ROOT, None) as server:
+        info = ComfyClient(server.address).object_info()
+        log = server.log()
+    assert "KSampler" in info and not any(name.startswith("VSF") for name in info)
+    lines = [line for line in log.splitlines() if "VSF:" in line]
+    assert len(lines) == 1 and "needs ComfyUI 0.16.3 or newer, and this is 0.16.2: update ComfyUI." in lines[0], log
+    assert not [line for line in log.splitlines() if "IMPORT FAILED" in line and "ComfyUI-VSF" in line], log

@@ -10,7 +10,7 @@
 
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -33,7 +33,8 @@ from .compiled import is_compiled, told_apart, unwrapped
 from .families import Family, Released
 from .host_attention import OVERRIDE, Backend, HostAttention, choose_backend
 from .host_check import changed_host
-from .negative import KEY, PREFIX, Negative, count_tokens, in_frames, negatives_of, step_conds
+from .negative import KEY, PREFIX, Negative, count_tokens, negatives_of, step_conds
+from .run_check import check_negatives
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +186,7 @@ class VSFPatch:
         diffusion_model = unwrapped(guider.model_patcher.model.diffusion_model)
         patcher = guider.model_patcher  # which has not put its object patches in place yet
         dtype = patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
-        self._check_negatives([entry for _, entry in entries], diffusion_model, noise, dtype)
+        check_negatives(self.family, self._mixes_pooled(), [e for _, e in entries], diffusion_model, noise, dtype)
         counts = self.family.block_counts(diffusion_model)
         run = Run(
             blocks=tuple(sorted(all_blocks(counts))),
@@ -215,70 +216,6 @@ class VSFPatch:
                 "otherwise lower scale and strength, or load the model in bf16 or fp32."
             )
         return result
-
-    def _check_negatives(
-        self, entries: Sequence[dict], diffusion_model: Any, latent: Tensor, dtype: torch.dtype
-    ) -> None:
-        width = self.family.context_width(diffusion_model)
-        if self._mixes_pooled():
-            self._check_pooled(entries, dtype)
-        for negative in (n for entry in entries for n in negatives_of(entry)):
-            if negative.encoder is not None and negative.encoder not in self.family.encoders:
-                raise ValueError(
-                    f'VSF: the negative was made by a text encoder of type "{negative.encoder}", but this model '
-                    f"({self.family.title}) takes {' or '.join(sorted(self.family.encoders))}. Connect the CLIP that "
-                    "encodes this model's positive prompt to VSF Negative Conditioning."
-                )
-            if negative.tokens.shape[-1] != width:
-                raise ValueError(
-                    f"VSF: the negative's embedding is {negative.tokens.shape[-1]} wide, but this model "
-                    f"({self.family.title}) takes {width}. Encode it with this model's own text encoder."
-                )
-            if not torch.isfinite(negative.tokens.to(dtype)).all():
-                raise ValueError(
-                    f"VSF: the negative's embedding has values that {dtype}, in which this model runs, cannot hold. "
-                    "Lower its weights, like (word:1.3), or its extrapolation."
-                )
-            if latent.ndim == 5 and not any(in_frames(negative.frames, latent.shape[2])):
-                raise ValueError(
-                    f"VSF: none of this video's {latent.shape[2]} latent frames lies between the negative's from_frame "
-                    f"({negative.frames[0]:g}) and to_frame ({negative.frames[1]:g}), so it never acts. Widen them."
-                )
-            self._check_batch("embedding", negative.tokens, latent)
-            if negative.mask is not None and latent.ndim == 4:  # in a video, the mask's pictures are frames
-                self._check_batch("mask", negative.mask, latent)
-
-    @staticmethod
-    def _check_pooled(entries: Sequence[dict], dtype: torch.dtype) -> None:
-        for entry in entries:
-            negatives, pooled = negatives_of(entry), entry.get("pooled_output")
-            if len(negatives) > 1 or any(n.pooled is None for n in negatives):
-                raise ValueError(
-                    "VSF: layout released mixes the pooled embedding of one negative into the positive's here. "
-                    "Use one VSF Negative Conditioning with text (or a negative that has a pooled output), or layout "
-                    "paper."
-                )
-            given = [n.pooled for n in negatives if n.pooled is not None]
-            if pooled is not None and any(p.shape[-1] != pooled.shape[-1] for p in given):
-                raise ValueError(
-                    "VSF: layout released mixes the negative's pooled embedding into the positive's here, but it is "
-                    f"{given[0].shape[-1]} wide and the positive's {pooled.shape[-1]}. Encode both with this model's "
-                    "own text encoder, or use layout paper."
-                )
-            if any(not torch.isfinite(p.to(dtype)).all() for p in given):
-                raise ValueError(
-                    "VSF: the negative's pooled embedding, which layout released uses here, has values that are NaN "
-                    "or infinite. Use another text encoder, or layout paper."
-                )
-
-    @staticmethod
-    def _check_batch(what: str, given: Tensor, latent: Tensor) -> None:
-        """Fewer are repeated in turn, as ComfyUI does with prompts; what does not come out even is a mistake."""
-        if latent.shape[0] % given.shape[0]:
-            raise ValueError(
-                f"VSF: the negative's {what} is a batch of {given.shape[0]}, but {latent.shape[0]} pictures are "
-                "sampled. Give it one for all, or one for each picture."
-            )
 
     @property
     def _released(self) -> Released | None:

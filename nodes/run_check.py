@@ -1,0 +1,85 @@
+"""What a run was given, checked before its first step."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .families import Family
+from .negative import in_frames, negatives_of
+
+
+def check_negatives(
+    family: Family,
+    mixes_pooled: bool,
+    entries: Sequence[dict],
+    diffusion_model: Any,
+    latent: Tensor,
+    dtype: torch.dtype,
+) -> None:
+    """Raises ``ValueError`` for a negative among the conds ``entries`` that this model cannot take.
+
+    ``latent``: what will be sampled; ``dtype``: in which the model computes; ``mixes_pooled``: whether the layout mixes
+    the negative's pooled embedding into the positive's.
+    """
+    width = family.context_width(diffusion_model)
+    if mixes_pooled:
+        _check_pooled(entries, dtype)
+    for negative in (n for entry in entries for n in negatives_of(entry)):
+        if negative.encoder is not None and negative.encoder not in family.encoders:
+            raise ValueError(
+                f'VSF: the negative was made by a text encoder of type "{negative.encoder}", but this model '
+                f"({family.title}) takes {' or '.join(sorted(family.encoders))}. Connect the CLIP that "
+                "encodes this model's positive prompt to VSF Negative Conditioning."
+            )
+        if negative.tokens.shape[-1] != width:
+            raise ValueError(
+                f"VSF: the negative's embedding is {negative.tokens.shape[-1]} wide, but this model "
+                f"({family.title}) takes {width}. Encode it with this model's own text encoder."
+            )
+        if not torch.isfinite(negative.tokens.to(dtype)).all():
+            raise ValueError(
+                f"VSF: the negative's embedding has values that {dtype}, in which this model runs, cannot hold. "
+                "Lower its weights, like (word:1.3), or its extrapolation."
+            )
+        if latent.ndim == 5 and not any(in_frames(negative.frames, latent.shape[2])):
+            raise ValueError(
+                f"VSF: none of this video's {latent.shape[2]} latent frames lies between the negative's from_frame "
+                f"({negative.frames[0]:g}) and to_frame ({negative.frames[1]:g}), so it never acts. Widen them."
+            )
+        _check_batch("embedding", negative.tokens, latent)
+        if negative.mask is not None and latent.ndim == 4:  # in a video, the mask's pictures are frames
+            _check_batch("mask", negative.mask, latent)
+
+
+def _check_pooled(entries: Sequence[dict], dtype: torch.dtype) -> None:
+    for entry in entries:
+        negatives, pooled = negatives_of(entry), entry.get("pooled_output")
+        if len(negatives) > 1 or any(n.pooled is None for n in negatives):
+            raise ValueError(
+                "VSF: layout released mixes the pooled embedding of one negative into the positive's here. "
+                "Use one VSF Negative Conditioning with text (or a negative that has a pooled output), or layout "
+                "paper."
+            )
+        given = [n.pooled for n in negatives if n.pooled is not None]
+        if pooled is not None and any(p.shape[-1] != pooled.shape[-1] for p in given):
+            raise ValueError(
+                "VSF: layout released mixes the negative's pooled embedding into the positive's here, but it is "
+                f"{given[0].shape[-1]} wide and the positive's {pooled.shape[-1]}. Encode both with this model's "
+                "own text encoder, or use layout paper."
+            )
+        if any(not torch.isfinite(p.to(dtype)).all() for p in given):
+            raise ValueError(
+                "VSF: the negative's pooled embedding, which layout released uses here, has values that are NaN "
+                "or infinite. Use another text encoder, or layout paper."
+            )
+
+
+def _check_batch(what: str, given: Tensor, latent: Tensor) -> None:
+    """Fewer are repeated in turn, as ComfyUI does with prompts; what does not come out even is a mistake."""
+    if latent.shape[0] % given.shape[0]:
+        raise ValueError(
+            f"VSF: the negative's {what} is a batch of {given.shape[0]}, but {latent.shape[0]} pictures are "
+            "sampled. Give it one for all, or one for each picture."
+        )

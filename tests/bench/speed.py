@@ -293,14 +293,19 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     with kernel(options.kernel):
-        if options.part != "attention":
-            for name, dtype in itertools.product(options.shape, options.dtype):
-                rows += measure(name, dtype, options, load_pack())
-                draw(rows, options.out)
+        for name, dtype in itertools.product(options.shape, options.dtype) if options.part != "attention" else ():
+            rows += measure(name, dtype, options, load_pack())
+            draw(rows, options.out)
+            write(rows, options)
         if options.part != "forward":
             rows += speed_attention.measure(options, DTYPES, sys.modules[__name__])
-    (options.out / "table.md").write_text(table(rows) + "\n")
+    write(rows, options)
     print(table(rows), flush=True)
+
+
+def write(rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> None:
+    """What there is so far: a run takes long, and may be stopped."""
+    (options.out / "table.md").write_text(table(rows) + "\n")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
 

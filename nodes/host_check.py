@@ -45,7 +45,7 @@ def _problem() -> str | None:
     """What is wrong with this ComfyUI and what to do about it, or None."""
     stated = _version()
     oldest = ".".join(map(str, OLDEST))
-    if stated is not None and _numbers(stated) < OLDEST:
+    if () < _numbers(stated or "") < OLDEST:
         return f"ComfyUI-VSF needs ComfyUI {oldest} or newer, and this is {stated}: update ComfyUI."
     missing = [f"{module}.{name}" for module, name in NEEDED if not _has(module, name)]
     if missing:
@@ -62,7 +62,7 @@ def _version() -> str | None:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: 0.3.60 is (0, 3, 60), 0.31.0rc1 is (0, 31)."""
+    """The leading numbers of a version: 0.3.60 is (0, 3, 60), 0.31.0rc1 is (0, 31); none where it is no version."""
     numbers: list[int] = []
     for part in version.split("."):
         if not part.isdigit():

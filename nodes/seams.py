@@ -71,10 +71,12 @@ class Run:
     paths: set[str] = field(default_factory=set)
     cache: dict = field(default_factory=dict)
     backends: dict[Callable | None, Backend] = field(default_factory=dict)
-    stepped: bool = False
-    """Whether ComfyUI asked for a prediction through ``calc_cond_batch``."""
+    steps: int = 0
+    """How often ComfyUI asked for a prediction through ``calc_cond_batch``."""
     applied: bool = False
     """Whether a negative reached ``apply_model``."""
+    missed: RuntimeError | None = None
+    """Why a negative did not reach the blocks, in a step that a cache may have skipped."""
     reported: bool = False
 
 
@@ -201,8 +203,10 @@ class VSFPatch:
             result = executor(*args, **kwargs)
         finally:
             options.pop(RUN_KEY, None)
-        if not run.stepped and len(sigmas) > 1:
+        if run.steps == 0 and len(sigmas) > 1:
             raise _unwrapped_step()
+        if not run.reported and run.missed is not None:
+            raise run.missed
         if not run.reported:
             s = self.settings
             log.warning(
@@ -234,14 +238,21 @@ class VSFPatch:
             if any(negatives_of(entry) for branch in conds if branch for entry in branch):
                 raise changed_host("this run began past the wrappers of OUTER_SAMPLE, or lost its transformer_options")
             return executor(model, conds, x_in, timestep, model_options)
-        run.stepped = True
+        run.steps += 1
         in_window = self._in_window(model, timestep)
         added = self._additions(run, conds, x_in, timestep, model_options) if in_window else {}
         conds = [branch and [_with_model_conds(entry, added) for entry in branch] for branch in conds]
         result = executor(model, conds, x_in, timestep, model_options)
         if added and not run.applied:
-            raise changed_host("this run called the model past the wrappers of APPLY_MODEL")
+            self._missed(run, changed_host("this run called the model past the wrappers of APPLY_MODEL"))
         return result
+
+    def _missed(self, run: Run, error: RuntimeError) -> None:
+        """A negative got nowhere: an error at once in a run's first step; later a cache (TeaCache) may have skipped the
+        step, so only if the whole run ends like this."""
+        if run.steps == 1:
+            raise error
+        run.missed = error
 
     def _in_window(self, model: Any, timestep: Tensor) -> bool:
         """The bounds are computed here since a later ModelSampling node may change them; 0 and 1 are no bounds."""
@@ -385,16 +396,18 @@ class VSFPatch:
     def _check_reached(self, run: Run, forward: Forward, compiled: bool) -> None:
         """After a forward pass: fail if the negative reached nothing, and say once a run what is going on.
 
-        A later pass that runs no block is some cache's doing (TeaCache), unless the model is compiled: then a graph
-        from a run without VSF was used.
+        A compiled model that runs no block used a graph from a run without VSF.
         """
         ran, reached = forward.reached
-        if not ran.any() and (compiled or not run.reported):
-            raise RuntimeError(
+        if not ran.any():
+            error = RuntimeError(
                 "VSF: no block of this model ran through ComfyUI's block patches, so the negative had no effect. "
                 "Another node probably replaces the model's forward pass, or torch.compile reused a graph compiled "
                 "without VSF; remove that node, or put it on a model without VSF."
             )
+            if compiled:
+                raise error
+            return self._missed(run, error)
         if missed := [block for block, a, b in zip(run.blocks, ran, reached, strict=True) if a > b]:
             raise RuntimeError(
                 f"VSF: {missed[0][0]} block {missed[0][1]} ran without the attention call over text that VSF expects "

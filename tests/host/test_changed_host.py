@@ -3,6 +3,7 @@
 Each test makes a tree of links to the real one in which single lines differ, and runs it in a process of its own.
 """
 
+import importlib
 import os
 import re
 import subprocess
@@ -128,6 +129,20 @@ def test_a_seam_that_is_gone_keeps_the_nodes_away(tmp_path):
     assert lines == ["NODES 0"]
     assert len(re.findall("VSF:", log)) == 1
     assert "needs comfy.patcher_extension.WrappersMP.CALC_COND_BATCH, which this ComfyUI" in log
+
+
+@pytest.mark.parametrize(
+    ("version", "supported"),
+    [("0.3.60", False), ("0.16.2", False), ("0.9.99", False), ("0.16.3", True), ("0.31.0rc1", True), ("1.0", True)]
+    + [("nightly", True), (None, True)],
+)
+def test_which_versions_are_refused(pack, monkeypatch, caplog, version, supported):
+    """Where ComfyUI states none that can be read, only what it has counts."""
+    check = importlib.import_module(pack.module.__name__ + ".nodes.host_check")
+    monkeypatch.setattr(check, "_version", lambda: version)
+    caplog.clear()
+    assert check.is_supported() is supported
+    assert len(caplog.records) == (not supported)
 
 
 def test_an_older_comfyui_starts_with_one_line_in_the_log(tmp_path):

@@ -83,6 +83,24 @@ def test_caches(pack, family, order, cache):
 
 @ORDER
 @FAMILY
+def test_the_first_step_of_the_window_may_be_one_that_a_cache_skips(pack, family, order):
+    """No forward pass in it is no sign of a broken hook then; none in the whole run is."""
+    model, attached = FAMILIES[family][0](), pack.negative(prompt(family), negative=[[negative_of(family), {}]])
+
+    def both(**window):
+        patch = lambda m: pack.patch(m, **window)  # noqa: E731
+        return patch(every_second_step(model)) if order == "theirs first" else every_second_step(patch(model))
+
+    late = run(family, both(start_percent=0.02), attached, steps=4)  # from the second step on
+    stock = run(family, every_second_step(model), attached, steps=4)
+    assert relative(late, stock) > 1e-3
+    assert relative(run(family, both(), attached, steps=4), late) > 1e-4
+    with pytest.raises(RuntimeError, match="past the wrappers of APPLY_MODEL|no block of this model ran"):
+        run(family, both(start_percent=0.02), attached, steps=2)
+
+
+@ORDER
+@FAMILY
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
 def test_skip_layer_guidance(pack, family, order, cfg):
     """Core's SLG makes a pass of its own without a block: with VSF in it, as in the others."""

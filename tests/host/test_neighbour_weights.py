@@ -202,7 +202,10 @@ def test_partly_loaded_model(pack, family, lora, monkeypatch):
 
 
 def test_two_threads_at_once(pack):
-    """As with several GPUs: models with other settings, and of other families, sampled at the same time."""
+    """As with several GPUs: models with other settings, and of other families, sampled at the same time.
+
+    Each is loaded for itself: of clones of one model, stock ComfyUI too can sample one at a time only.
+    """
     jobs = []
     for family, (load, *_) in FAMILIES.items():
         for scale in (1.0, 4.0):

@@ -208,7 +208,8 @@ def test_off(pack, models, kind, cfg):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("masked", [False, True])
-def test_context_windows(pack, t2v, masked):
+@pytest.mark.parametrize("order", ["windows first", "vsf first"])
+def test_context_windows(pack, t2v, masked, order):
     """ComfyUI's own context windows; a frame window means the whole video, not the window at hand."""
     from comfy.context_windows import (
         ContextFuseMethods,
@@ -234,13 +235,14 @@ def test_context_windows(pack, t2v, masked):
     positive, negative, size = prompt(), text(5, 5, WIDTH), (8, 8, 10)
     node = {"from_frame": 0.5} if masked else {}
     attached = pack.negative(positive, negative=[[negative, {}]], **node)
-    result = sample(windowed(pack.patch(t2v)), attached, size=size, steps=2)
+    both = pack.patch(windowed(t2v)) if order == "windows first" else windowed(pack.patch(t2v))
+    result = sample(both, attached, size=size, steps=2)
     if not masked:
         oracle, _ = oracle_model(t2v, [Expect(positive[0][0], negative, 3.3, 0.2)])
         assert relative(result, sample(windowed(oracle), positive, size=size, steps=2)) <= 1e-5
         return
     # windows 0-3, 2-5, 4-7: the first shows no active frame, so after one step its own frames are stock's
-    first = sample(windowed(pack.patch(t2v)), attached, size=size, steps=1)
+    first = sample(both, attached, size=size, steps=1)
     stock = sample(windowed(t2v), positive, size=size, steps=1)
     assert relative(first[:, :, :2], stock[:, :, :2]) <= 1e-6
     assert relative(first[:, :, 6:], stock[:, :, 6:]) > 1e-4

@@ -13,6 +13,7 @@ import pytest
 from hosting.client import ComfyClient
 from hosting.errors import PromptFailed
 from hosting.server import ComfyServer
+from hosting.toy_graphs import node, picture, stock
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = ROOT / "tests" / "toy"
@@ -33,41 +34,6 @@ def server(comfyui):
         pytest.skip("the tiny models are missing; run the tests with dev.py test")
     with ComfyServer(comfyui, sys.executable, ROOT, models, extra_nodes=[TOY / "vsf_toy_text_encoder"]) as server:
         yield server
-
-
-def node(class_type, **inputs):
-    return {"class_type": class_type, "inputs": inputs}
-
-
-def stock(family, seed=1, batch=1):
-    """A graph of stock nodes: one step, the smallest picture or clip."""
-    video = family == "wan"
-    size = {"width": 64, "height": 64, "batch_size": batch}
-    return {
-        "model": node("UNETLoader", unet_name=f"vsf_tiny_{family}.safetensors", weight_dtype="default"),
-        "clip": node("VSFToyTextEncoder", family=family),
-        "prompt": node("CLIPTextEncode", clip=["clip", 0], text="a house"),
-        "empty": node("ConditioningZeroOut", conditioning=["prompt", 0]),
-        "latent": node("EmptyHunyuanLatentVideo", length=5, **size) if video else node("EmptySD3LatentImage", **size),
-        "sample": node(
-            "KSampler",
-            model=["model", 0],
-            positive=["prompt", 0],
-            negative=["empty", 0],
-            latent_image=["latent", 0],
-            seed=seed,
-            steps=1,
-            cfg=1.0,
-            sampler_name="euler",
-            scheduler="simple",
-            denoise=1.0,
-        ),
-        "vae": node(
-            "VAELoader", vae_name={"sd3": "taesd3", "flux": "taef1", "wan": "vsf_tiny_wan_vae.safetensors"}[family]
-        ),
-        "decode": node("VAEDecode", samples=["sample", 0], vae=["vae", 0]),
-        "save": node("SaveImage", images=["decode", 0], filename_prefix="vsf_prompts"),
-    }
 
 
 def valid(rng, family):
@@ -222,11 +188,6 @@ def wait_until_idle(client, seconds):
             return
         time.sleep(0.1)
     raise AssertionError(f"the queue is not done after {seconds:.0f} s; left: {queue}"[:3000])
-
-
-def picture(client, graph):
-    (ref, *_) = client.run(graph)["save"]["images"]
-    return client.image(ref)
 
 
 def test_broken_graphs_among_valid_ones_harm_nothing(server, times, tally):

@@ -73,7 +73,7 @@ def test_half_precision_with_any_logits_and_settings(pack, name, logits, tally):
 
 @pytest.mark.parametrize("name", VALUES)
 def test_values_that_overflow_end_in_an_error_not_in_a_black_picture(pack, name):
-    """A negative's values times alpha may go beyond fp16's largest number. (ComfyUI's Flux clips such values itself.)"""
+    """A negative's values times alpha may go beyond fp16's largest number. (ComfyUI's Flux clips such values.)"""
     width, pooled = SHAPES[name][1:]
     model = LOAD[name](**SMALLEST[name])
     for key, parameter in model.model.diffusion_model.named_parameters():

@@ -353,3 +353,28 @@ def test_a_run_that_ends_in_nan_is_an_error(pack, families):
     attached = pack.negative(positive_of(family), negative=ready(family, text(3, 5) * 1e30))
     with pytest.raises(RuntimeError, match="VSF: the sampled latent has values that are NaN or infinite, at scale 3.3"):
         run(family, pack.patch(family.model), attached)
+
+
+def test_any_queued_graph_is_looked_at_and_passed_on(pack, times, tally):
+    """The prompt handler sees what anybody posts, before ComfyUI checks it: it never fails and changes nothing."""
+    import importlib
+
+    check_graph = importlib.import_module(pack.module.__name__ + ".nodes.graph_check")
+    ids = st.sampled_from(["1", "2", "3", "\ud800"])
+    value = st.recursive(
+        st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), ids, st.text(max_size=3)),
+        lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(ids, inner, max_size=3)),
+    )
+    link = st.tuples(ids, st.just(0)).map(list)
+    kind = st.one_of(st.sampled_from(["VSFNegativeConditioning", "VSFModelPatch", "KSampler"]), value)
+    one = st.fixed_dictionaries({}, optional={"class_type": kind, "inputs": st.dictionaries(ids, link | value) | value})
+
+    @settings(max_examples=200 * times, deadline=None, database=None, derandomize=times == 1)
+    @given(st.fixed_dictionaries({}, optional={"prompt": st.dictionaries(ids, one | value) | value}))
+    def check(data):
+        before = repr(data)
+        assert check_graph._on_prompt(data) is data
+        assert repr(data) == before
+
+    check()
+    tally["graphs looked at"] += 200 * times

@@ -1,7 +1,6 @@
 """A server that dies in the middle of a run, or runs out of memory in one: started again, or going on, it gives the
 same pictures as before, and VSF has written nothing anywhere."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -40,14 +39,11 @@ NODE_CLASS_MAPPINGS = {"VSFTestOutOfMemory": OutOfMemory}
 
 
 @pytest.fixture(scope="module")
-def server(comfyui, tmp_path_factory):
-    models = os.environ.get("VSF_MODELS", "")
-    if not Path(models, "diffusion_models").is_dir():
-        pytest.skip("the tiny models are missing; run the tests with dev.py test")
+def server(comfyui, tiny_models, tmp_path_factory):
     faults = tmp_path_factory.mktemp("vsf_test_out_of_memory")
     (faults / "__init__.py").write_text(OUT_OF_MEMORY)
     packs = [TOY / "vsf_toy_text_encoder", faults]
-    with ComfyServer(comfyui, sys.executable, ROOT, models, extra_nodes=packs) as server:
+    with ComfyServer(comfyui, sys.executable, ROOT, tiny_models, extra_nodes=packs) as server:
         yield server
 
 

@@ -2,7 +2,6 @@
 queue goes on, and at the end a stock graph gives the picture that it gave at the start."""
 
 import json
-import os
 import random
 import re
 import sys
@@ -28,11 +27,8 @@ WORDS = ["a roof", "wheels (red:1.4)", "屋根 🏠", "", "no \u0000 \u202e", "r
 
 
 @pytest.fixture(scope="module")
-def server(comfyui):
-    models = os.environ.get("VSF_MODELS", "")
-    if not Path(models, "diffusion_models").is_dir():
-        pytest.skip("the tiny models are missing; run the tests with dev.py test")
-    with ComfyServer(comfyui, sys.executable, ROOT, models, extra_nodes=[TOY / "vsf_toy_text_encoder"]) as server:
+def server(comfyui, tiny_models):
+    with ComfyServer(comfyui, sys.executable, ROOT, tiny_models, extra_nodes=[TOY / "vsf_toy_text_encoder"]) as server:
         yield server
 
 
@@ -48,7 +44,7 @@ def valid(rng, family):
         start_percent=window[0],
         end_percent=window[1],
         blocks=rng.choice(BLOCKS[family]),
-        layout="paper",
+        layout=rng.choice(["paper", "released"]),
         affect_references=rng.random() < 0.5,
     )
     graph["negative"] = node("VSFNegativeConditioning", positive=["prompt", 0], strength=rng.uniform(0, 10))

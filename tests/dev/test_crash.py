@@ -64,14 +64,14 @@ def test_killed_in_a_run_and_started_again(server, tally):
     endless["sample"]["inputs"]["steps"] = 5000
     steps = []
 
-    def kill_in_the_third_step(_node, step, _steps):
+    def kill_after_three_steps(_node, step, _steps):  # not every step is told
         steps.append(step)
-        if step == 3:
+        if step >= 3:
             server.kill()
 
     with pytest.raises(ServerDied):
-        client.run(endless, kill_in_the_third_step)
-    assert steps[-1] == 3 and not server.is_running()
+        client.run(endless, kill_after_three_steps)
+    assert 3 <= steps[-1] < 4000 and not server.is_running()
     assert files(*places) == before
     server.start()
     client = ComfyClient(server.address)

@@ -35,8 +35,9 @@ def unmet_negatives(prompt: dict) -> list[str]:
     return [node for node in negatives if not _closure(node, consumers) & patched]
 
 
-def _class(node: object) -> object:
-    return node.get("class_type") if isinstance(node, dict) else None
+def _class(node: object) -> str | None:
+    kind = node.get("class_type") if isinstance(node, dict) else None
+    return kind if isinstance(kind, str) else None
 
 
 def _sources(node: object) -> set[str]:

@@ -16,3 +16,12 @@ def comfyui() -> Path:
     if "VSF_COMFYUI" not in os.environ:
         pytest.skip("VSF_COMFYUI is not set; run the tests with dev.py test")
     return Path(os.environ["VSF_COMFYUI"])
+
+
+@pytest.fixture(scope="session")
+def tiny_models() -> Path:
+    """The folder of the tiny models."""
+    models = Path(os.environ.get("VSF_MODELS", ""))
+    if not (models / "diffusion_models").is_dir():
+        pytest.skip("the tiny models are missing; run the tests with dev.py test")
+    return models

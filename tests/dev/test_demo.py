@@ -1,6 +1,5 @@
 """The demo's pictures, from the shipped workflow on a real server and from their parts."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -21,11 +20,8 @@ PROMPT = {
 
 
 @pytest.fixture(scope="module")
-def server(comfyui):
-    models = os.environ.get("VSF_MODELS", "")
-    if not Path(models, "diffusion_models").is_dir():
-        pytest.skip("the tiny models are missing; run the tests with dev.py test")
-    with ComfyServer(comfyui, sys.executable, ROOT, models, extra_nodes=[TOY / "vsf_toy_text_encoder"]) as server:
+def server(comfyui, tiny_models):
+    with ComfyServer(comfyui, sys.executable, ROOT, tiny_models, extra_nodes=[TOY / "vsf_toy_text_encoder"]) as server:
         yield server
 
 

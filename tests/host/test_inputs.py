@@ -306,12 +306,12 @@ def test_text_without_a_word_is_off_and_says_so(pack, families, words, caplog):
 
 
 def test_batches_are_repeated_in_turn(pack, families):
-    """Four pictures; negatives of 1, 2 and 4 with masks of 4, 2 and 1: each picture is as if it were alone."""
-    family, pictures = families["sd3"], 4
+    """Six pictures; negatives of 1, 2 and 3 with masks of 3, 2 and 1: each picture is as if it were alone."""
+    family, pictures = families["sd3"], 6
     patched = pack.patch(family.model)
     g = torch.Generator().manual_seed(0)
-    masks = [torch.rand(b, 16, 24, generator=g) for b in (4, 2, 1)]
-    tokens = [text(3, b, family.width, batch=b) for b in (1, 2, 4)]
+    masks = [torch.rand(b, 16, 24, generator=g) for b in (3, 2, 1)]
+    tokens = [text(3, b, family.width, batch=b) for b in (1, 2, 3)]
 
     def attach_all(pick):
         attached = positive_of(family)
@@ -322,7 +322,7 @@ def test_batches_are_repeated_in_turn(pack, families):
     together = run(family, patched, attach_all(lambda t: t), pictures)
     alone = [run(family, patched, attach_all(lambda t, i=i: t[i % len(t)][None]), pictures)[i] for i in range(pictures)]
     assert relative(together, torch.stack(alone)) <= 1e-5
-    assert min(relative(together[i], alone[j]) for i in range(4) for j in range(4) if i != j) > 1e-2
+    assert min(relative(together[i], alone[j]) for i in range(6) for j in range(6) if i != j) > 1e-2
 
 
 def test_values_that_half_precision_cannot_hold(pack):
@@ -353,3 +353,28 @@ def test_a_run_that_ends_in_nan_is_an_error(pack, families):
     attached = pack.negative(positive_of(family), negative=ready(family, text(3, 5) * 1e30))
     with pytest.raises(RuntimeError, match="VSF: the sampled latent has values that are NaN or infinite, at scale 3.3"):
         run(family, pack.patch(family.model), attached)
+
+
+def test_any_queued_graph_is_looked_at_and_passed_on(pack, times, tally):
+    """The prompt handler sees what anybody posts, before ComfyUI checks it: it never fails and changes nothing."""
+    import importlib
+
+    check_graph = importlib.import_module(pack.module.__name__ + ".nodes.graph_check")
+    ids = st.sampled_from(["1", "2", "3", "\ud800"])
+    value = st.recursive(
+        st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), ids, st.text(max_size=3)),
+        lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(ids, inner, max_size=3)),
+    )
+    link = st.tuples(ids, st.just(0)).map(list)
+    kind = st.one_of(st.sampled_from(["VSFNegativeConditioning", "VSFModelPatch", "KSampler"]), value)
+    one = st.fixed_dictionaries({}, optional={"class_type": kind, "inputs": st.dictionaries(ids, link | value) | value})
+
+    @settings(max_examples=200 * times, deadline=None, database=None, derandomize=times == 1)
+    @given(st.fixed_dictionaries({}, optional={"prompt": st.dictionaries(ids, one | value) | value}))
+    def check(data):
+        before = repr(data)
+        assert check_graph._on_prompt(data) is data
+        assert repr(data) == before
+
+    check()
+    tally["graphs looked at"] += 200 * times

@@ -100,16 +100,13 @@ class ComfyServer:
         self.stop()
 
     def start(self) -> None:
-        """Starts the server and returns once it answers."""
+        """Starts the server and returns once it answers; after `kill`, with the folders that it left."""
         if self.wanted_port:
             check_port(self.wanted_port)
         port = self.wanted_port or free_port()
         self.address = f"http://127.0.0.1:{port}"
-        self.base = Path(tempfile.mkdtemp(prefix="comfyui-vsf-"))
-        for name in FOLDERS:
-            (self.base / name).mkdir()
-        for name, source in {PACK_NAME: self.pack, **{path.name: path for path in self.extra_nodes}}.items():
-            place(source, self.base / "custom_nodes" / name)
+        if self.base is None:
+            self.base = self._make_base()
         command = [str(self.python), str(self.tree / "main.py"), *FLAGS, "--base-directory", str(self.base)]
         command += ["--listen", "127.0.0.1", "--port", str(port), *self._models_arguments(), *self.extra_args]
         env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -124,6 +121,15 @@ class ComfyServer:
                 start_new_session=True,
             )
         self._wait_until_it_answers()
+
+    def _make_base(self) -> Path:
+        """A new base folder with the packs in it."""
+        base = Path(tempfile.mkdtemp(prefix="comfyui-vsf-"))
+        for name in FOLDERS:
+            (base / name).mkdir()
+        for name, source in {PACK_NAME: self.pack, **{path.name: path for path in self.extra_nodes}}.items():
+            place(source, base / "custom_nodes" / name)
+        return base
 
     def _models_arguments(self) -> list[str]:
         """Names every folder below `models` to ComfyUI. The file is JSON, which is YAML too."""
@@ -164,6 +170,13 @@ class ComfyServer:
     def _tail(self) -> str:
         lines = self.log().strip().splitlines()[-LOG_LINES:] or ["(it printed nothing)"]
         return "Its last log lines:\n" + "\n".join(f"  {line}" for line in lines)
+
+    def kill(self) -> None:
+        """Ends the server at once, as a crash would, and keeps its folders."""
+        if self.process is not None:
+            self._signal(getattr(signal, "SIGKILL", signal.SIGTERM))
+            self.process.wait(self.stop_seconds)
+            self.process = None
 
     def stop(self) -> None:
         """Ends the server and its children and deletes its folders. Safe to call twice."""

@@ -207,8 +207,6 @@ class VSFPatch:
         self, entries: Sequence[dict], diffusion_model: Any, latent: Tensor, dtype: torch.dtype
     ) -> None:
         width = self.family.context_width(diffusion_model)
-        if self._mixes_pooled():
-            self._check_pooled(entries, dtype)
         for negative in (n for entry in entries for n in negatives_of(entry)):
             if negative.encoder is not None and negative.encoder not in self.family.encoders:
                 raise ValueError(
@@ -234,6 +232,8 @@ class VSFPatch:
             self._check_batch("embedding", negative.tokens, latent)
             if negative.mask is not None and latent.ndim == 4:  # in a video, the mask's pictures are frames
                 self._check_batch("mask", negative.mask, latent)
+        if self._mixes_pooled():  # last: a negative of another encoder has a wrong one too
+            self._check_pooled(entries, dtype)
 
     @staticmethod
     def _check_pooled(entries: Sequence[dict], dtype: torch.dtype) -> None:

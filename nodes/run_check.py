@@ -24,8 +24,6 @@ def check_negatives(
     the negative's pooled embedding into the positive's.
     """
     width = family.context_width(diffusion_model)
-    if mixes_pooled:
-        _check_pooled(entries, dtype)
     for negative in (n for entry in entries for n in negatives_of(entry)):
         if negative.encoder is not None and negative.encoder not in family.encoders:
             raise ValueError(
@@ -51,6 +49,8 @@ def check_negatives(
         _check_batch("embedding", negative.tokens, latent)
         if negative.mask is not None and latent.ndim == 4:  # in a video, the mask's pictures are frames
             _check_batch("mask", negative.mask, latent)
+    if mixes_pooled:  # last: a negative of another encoder has a wrong one too
+        _check_pooled(entries, dtype)
 
 
 def _check_pooled(entries: Sequence[dict], dtype: torch.dtype) -> None:

@@ -16,7 +16,7 @@ from hosting.toy_graphs import node, picture, stock
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = ROOT / "tests" / "toy"
-GRAPHS = 220
+GRAPHS = 204
 BLOCKS = {
     "sd3": ["", "all", "double:0-1", "double:-0"],
     "flux": ["", "single", "double:0,single:1-"],
@@ -176,16 +176,21 @@ def outcome(client, prompt_id):
     return f"{errors[0]['node_type']}: {errors[0]['exception_message']}" if errors else None
 
 
-def wait_until_idle(client, seconds):
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+def wait_until_idle(client, patience=60.0):
+    """Returns when the queue is empty; fails when nothing in it has changed for ``patience`` seconds."""
+    before, since = None, time.monotonic()
+    while time.monotonic() < since + patience:
         queue = json.loads(client._request("/queue"))
-        if not queue["queue_running"] and not queue["queue_pending"]:
+        left = len(queue["queue_running"]) + len(queue["queue_pending"])
+        if not left:
             return
+        if left != before:
+            before, since = left, time.monotonic()
         time.sleep(0.1)
-    raise AssertionError(f"the queue is not done after {seconds:.0f} s; left: {queue}"[:3000])
+    raise AssertionError(f"the queue does not go on: {queue}"[:2000])
 
 
+@pytest.mark.timeout(3600)
 def test_broken_graphs_among_valid_ones_harm_nothing(server, times, tally):
     rng, client = random.Random(0), ComfyClient(server.address)
     before = {family: picture(client, stock(family)) for family in BLOCKS}
@@ -200,7 +205,7 @@ def test_broken_graphs_among_valid_ones_harm_nothing(server, times, tally):
         except PromptFailed as answer:
             assert error and re.search(error, str(answer), re.DOTALL), (i, error, str(answer))
             refused += 1
-    wait_until_idle(client, 90 * times)
+    wait_until_idle(client)
     failed = 0
     for prompt_id, (i, graph, error) in queued.items():
         message = outcome(client, prompt_id)

@@ -3,6 +3,7 @@ picture, a crash in a kernel, or a negative that silently does nothing."""
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 
 import comfy.sd
@@ -86,8 +87,8 @@ BAD_BLOCKS = [*BAD_BLOCKS.split(), "double 0", "\ud800", "x" * 10_000, "double:"
 
 
 @st.composite
-def cases(draw, family):
-    """A case in which everything fits, with at most two inputs broken after that."""
+def cases(draw, family, kind):
+    """A case in which everything fits; after that one input is broken as ``kind`` says (or none), maybe another too."""
     image, width = family.name != "wan", family.width
     batch = draw(st.integers(1, 4))
     fitting = st.sampled_from([b for b in range(1, batch + 1) if batch % b == 0])
@@ -118,7 +119,7 @@ def cases(draw, family):
             tokens = text(draw(st.integers(1, 12)), seed, width, draw(fitting))
             negatives.append({**one, "negative": ready(family, tokens)})
     case = Case(batch, positive_of(family, 1, draw(st.integers(1, 12))), patch, negatives)
-    for what in draw(st.sets(st.sampled_from(sorted(BREAK)), max_size=2)):
+    for what in [kind, *draw(st.sets(st.sampled_from(sorted(BREAK)), max_size=1))] if kind else ():
         BREAK[what](draw, family, case)
     return case
 
@@ -179,7 +180,7 @@ def break_mask(draw, family, case):
     case.errors.append("mask (must be a picture|is empty|has values that are NaN|is a batch of 5)")
 
 
-def break_text(draw, family, case):
+def break_text(draw, family, case, error):
     clips = family.clips
     strange = [clip for name, clip in clips.items() if name != family.name]
     broken = {
@@ -194,10 +195,10 @@ def break_text(draw, family, case):
         },
         "text encoder": {"text": "a roof", "clip": draw(st.sampled_from(strange))},
     }
-    _replace(draw, case, broken)
+    _replace(case, broken, error)
 
 
-def break_embedding(draw, family, case):
+def break_embedding(draw, family, case, error):
     width = family.width
     wild = text(3, 5, width)
     wild[0, 1, 2] = draw(st.sampled_from([NAN, INF, -INF]))
@@ -213,20 +214,27 @@ def break_embedding(draw, family, case):
         "negative (must be|is) a conditioning": draw(st.sampled_from([[], "x", [None], 5])),
         "extrapolation needs text": ready(family, text(3, 5, width)),
     }
-    _replace(draw, case, {error: {"negative": one} for error, one in broken.items()})
-    if case.errors[-1].startswith("extrapolation"):
+    _replace(case, {key: {"negative": one} for key, one in broken.items()}, error)
+    if error.startswith("extrapolation"):
         case.negatives[-1]["extrapolation"] = 8.0
 
 
-def _replace(draw, case, broken):
-    """Let the last negative come from one of ``broken`` instead."""
-    error = draw(st.sampled_from(sorted(broken)))
+def _replace(case, broken, error):
+    """Let the last negative come from ``broken[error]`` instead."""
     kept = {k: v for k, v in case.negatives[-1].items() if k not in ("text", "clip", "negative", "extrapolation")}
     case.negatives[-1] = {**kept, **broken[error]}
     case.errors.append(error)
 
 
+TEXT_ERRORS = ["text needs clip", "not valid Unicode", "nested too deep", "NaN or infinite", "both text and negative"]
+TEXT_ERRORS += ["text encoder"]
+EMBEDDING_ERRORS = ["NaN or infinite", "must be numbers of shape", "embedding is empty", "no token left", "65 wide"]
+EMBEDDING_ERRORS += ["embedding is a batch of 5", "2 entries", "negative (must be|is) a conditioning"]
+EMBEDDING_ERRORS += ["extrapolation needs text"]
 BREAK = {name.removeprefix("break_"): f for name, f in list(globals().items()) if name.startswith("break_")}
+BREAK |= {f"text: {error}": partial(BREAK["text"], error=error) for error in TEXT_ERRORS}
+BREAK |= {f"embedding: {error}": partial(BREAK["embedding"], error=error) for error in EMBEDDING_ERRORS}
+del BREAK["text"], BREAK["embedding"]
 
 
 def attach(pack, case):
@@ -243,20 +251,12 @@ def try_out(pack, family, case):
     return run(family, patched, attached, case.batch), attached[0][1].get("vsf_negatives", ())
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", CASES)
 def test_any_input_gives_a_result_or_an_error_that_names_it(pack, families, name, times, tally):
     family = families[name]
     outcomes = {"works": 0, "is refused": 0, "is off": 0}
 
-    @settings(
-        max_examples=CASES[name] * times,
-        deadline=None,
-        database=None,
-        derandomize=times == 1,
-        suppress_health_check=list(HealthCheck),
-        print_blob=False,
-    )
-    @given(cases(family))
     def check(case):
         if case.errors:
             family.calls.clear()
@@ -278,7 +278,10 @@ def test_any_input_gives_a_result_or_an_error_that_names_it(pack, families, name
             assert not (acts and torch.equal(result, stock)), "no effect, and no word about it"
             outcomes["works"] += 1
 
-    check()
+    for kind in (None, *BREAK):
+        examples = times * CASES[name] // (2 if kind is None else 2 * len(BREAK)) + 1
+        checks = {"suppress_health_check": list(HealthCheck), "derandomize": times == 1, "database": None}
+        settings(max_examples=examples, deadline=None, **checks)(given(cases(family, kind))(check))()
     assert min(outcomes.values()) >= CASES[name] / 50, outcomes
     tally["inputs"] += sum(outcomes.values())
 

@@ -1,5 +1,7 @@
 """The attention map: 1 - W as the oracle's dense softmax has it, and pictures that do not notice the recording."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import conditioning, load_flux, load_sd3, load_wan, sample, spy_override, text, with_override
@@ -96,7 +98,7 @@ def check(pack, model, family, positive=None, path="merge", before=0, patch=(), 
                 assert not kept.mean(layers, step).any()
                 continue
             oracle_map = expected(shares, blocks, size, layers, before)
-            assert oracle_map.max() > 0.05
+            assert oracle_map.max() > 0.03
             torch.testing.assert_close(kept.mean(layers, step).double(), oracle_map, rtol=0, atol=1e-5)
     both = (kept.mean("all", 0) + kept.mean("all", 1)) / 2
     torch.testing.assert_close(kept.mean("all"), both)
@@ -122,7 +124,9 @@ def test_reference_tokens_are_cut_off(pack, models, path):
     g = torch.Generator().manual_seed(4)
     after = prompt("flux", reference_latents=[torch.randn(1, 16, 10, 12, generator=g)])
     check(pack, models["flux"], "flux", after, path, batch=2)
-    before = prompt("control", reference_latents=[torch.randn(1, 16, 1, 8, 10, generator=g)])
+    seen = SimpleNamespace(penultimate_hidden_states=torch.randn(1, 257, 1280, generator=g))
+    reference = torch.randn(1, 16, 1, 8, 10, generator=g)
+    before = prompt("control", reference_latents=[reference], clip_vision_output=seen)
     check(pack, models["control"], "control", before, path, before=20, mask=True)
 
 
@@ -207,7 +211,10 @@ def test_context_windows(pack, models):
     total, count = torch.zeros(1, 8, 4, 5, dtype=torch.float64), torch.zeros(8)
     assert len(seen.shares) == 3 * len(windows)
     for i, frames in enumerate(windows):
-        total[:, frames] += expected(seen.shares[3 * i : 3 * i + 3], 3, (4, 8, 10), "all")
+        shares = seen.shares[3 * i : 3 * i + 3]
+        if shares[0][1].shape[1] == 5 * 4 * 5:  # newer ComfyUI shows the frame before a window too
+            frames = [frames[0] - 1, *frames]
+        total[:, frames] += expected(shares, 3, (len(frames), 8, 10), "all")
         count[frames] += 1
     with_record, kept = record(pack, windowed(pack.patch(model)))
     sample(with_record, pack.negative(positive, negative=[[negative("wan"), {}]]), size=size, steps=1)
@@ -224,23 +231,15 @@ def test_a_new_run_empties_the_record(pack, models):
     assert kept.acted == [] and kept.mean().shape == (1, 1, 4, 4) and not kept.mean().any()
 
 
-@pytest.mark.skip
-def test_nothing_is_kept_or_computed_without_the_node(pack, models, monkeypatch):
-    """No forward pass has a place for shares, and the row-mask path makes no further call."""
+def test_nothing_is_computed_without_the_node(pack, models):
+    """On the row-mask path a share is one more call of the host's attention in each block: none without VSF Record."""
     attached = pack.negative(prompt("sd3"), negative=[[negative("sd3"), {}]])
-    calls = {}
-    for recorded in (False, True):
-        seen, model = [], with_override(pack.patch(models["sd3"]), spy_override([]))
-        if recorded:
-            model, _ = record(pack, model)
-        core = pack.module_of("seams")
-        inner = core.joint_attention_masked
-        monkeypatch.setattr(core, "joint_attention_masked", lambda *a, inner=inner, seen=seen: seen.append(a[-1]) or inner(*a))
-        sample(model, attached)
-        monkeypatch.undo()
-        calls[recorded] = seen
-    assert all(share is None for share in calls[False]) and all(share is not None for share in calls[True])
-    assert len(calls[False]) == len(calls[True]) > 0
+    seen = {True: [], False: []}
+    for recorded, calls in seen.items():
+        model = with_override(pack.patch(models["sd3"]), spy_override(calls))
+        sample(record(pack, model)[0] if recorded else model, attached, steps=2)
+    assert len(seen[True]) - len(seen[False]) == 2 * 3
+    assert len(seen[False]) == 2 * 3 * 3 + 1  # image, P and N0 in each block and step; the probe of a run
 
 
 def test_areas_are_refused(pack, models):

@@ -106,11 +106,11 @@ class VSFAttentionMap(io.ComfyNode):
         )
 
     @classmethod
-    def _picture(cls) -> str:
-        """All nodes that lead to the picture, as text; the same text means the same picture."""
-        prompt, node = cls.hidden.prompt, cls.hidden.unique_id
+    def _picture(cls) -> str | None:
+        """All nodes that lead to the picture, as text; the same text means the same picture. None if unknown."""
+        prompt, node = (cls.hidden.prompt, cls.hidden.unique_id) if cls.hidden else (None, None)
         if not prompt or node not in prompt:
-            return ""
+            return None
         source = prompt[node]["inputs"]["image"][0]
         return json.dumps({n: prompt[n] for n in sorted(ancestors(prompt, source))}, sort_keys=True)
 

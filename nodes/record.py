@@ -32,14 +32,15 @@ class Holder:
         self.picture: str | None = None
         """What made the picture of this run, once a VSF Attention Map has shown it."""
 
-    def belongs_to(self, picture: str) -> bool:
+    def belongs_to(self, picture: str | None) -> bool:
         """Whether the latest run is that of ``picture`` (all nodes that lead to it, as text).
 
         ComfyUI's cache may bring back an older picture without sampling it again, when a later run has recorded over
         its map. The run is the picture's if it is of this very prompt, or if it was shown with the picture before, or
         if there was no other run.
         """
-        ours = self.prompt == current_prompt() or self.picture == picture or self.record.runs == 1
+        shown_before = picture is not None and picture == self.picture
+        ours = self.prompt == current_prompt() or shown_before or self.record.runs == 1
         if ours:
             self.picture = picture
         return ours

@@ -44,6 +44,8 @@ FORWARD_KEY = "vsf_forward"
 PLACE_KEY = "vsf_place"
 RECORD_KEY = "vsf_record"
 """In ``transformer_options``, while VSF Record is in the graph: the ``Recorder`` of this run."""
+SCALES_KEY = "vsf_scales"
+"""In ``transformer_options``, while VSF Scale Sweep is in the graph: a scale for each picture of the batch."""
 COMPILED_MULTIPLE = 16
 """Under torch.compile N is padded to a multiple of this, so that another negative seldom means another graph."""
 LAYOUTS = ("paper", "released")
@@ -69,6 +71,7 @@ class Run:
     blocks: tuple[Block, ...]
     selected: frozenset[Block]
     tokens: int
+    scales: tuple[float, ...]
     latent_frames: int | None
     paths: set[str] = field(default_factory=set)
     cache: dict = field(default_factory=dict)
@@ -205,15 +208,22 @@ class VSFPatch:
         self._check_negatives([entry for _, entry in entries], diffusion_model)
         counts = self.family.block_counts(diffusion_model)
         noise = kwargs["noise"] if "noise" in kwargs else args[0]
+        options = guider.model_options["transformer_options"]  # this run's own copy
+        scales = options.get(SCALES_KEY, (self.settings.scale,))
+        if SCALES_KEY in options and len(scales) != noise.shape[0]:
+            raise ValueError(
+                f"VSF: VSF Scale Sweep has {len(scales)} scales, but {noise.shape[0]} pictures are sampled. Connect "
+                "its latent output to the sampler."
+            )
         run = Run(
             blocks=tuple(sorted(all_blocks(counts))),
             selected=parse_blocks(self.settings.blocks, counts),
             tokens=longest,
+            scales=scales,
             latent_frames=noise.shape[2] if noise.ndim == 5 else None,
         )
         for _, entry in entries:
             entry["model_conds"] = {**entry["model_conds"], KEY: negatives_of(entry)}
-        options = guider.model_options["transformer_options"]  # this run's own copy
         options[RUN_KEY] = run
         try:
             result = executor(*args, **kwargs)
@@ -286,8 +296,8 @@ class VSFPatch:
         window = _context_window(run, x_in, model_options)
         key = (tuple(map(id, groups)), x_in.shape, x_in.device, window)
         if key not in run.cache:  # groups are kept with the result, so that their ids stay theirs
-            s, pooled = self.settings, self._mixes_pooled()
-            run.cache[key] = groups, step_conds(groups, s.scale, s.offset, x_in, pooled, window)
+            offset, pooled = self.settings.offset, self._mixes_pooled()
+            run.cache[key] = groups, step_conds(groups, run.scales, offset, x_in, pooled, window)
         return dict(zip(map(id, entries), run.cache[key][1], strict=True))
 
     # -- one forward pass ---------------------------------------------------------------------------------------------
@@ -456,7 +466,8 @@ class VSFPatch:
             run.reported = True
             s = self.settings
             log.info(
-                f"VSF: {self.family.title}: {run.tokens} negative tokens, scale {s.scale:g}, offset {s.offset:g}, "
+                f"VSF: {self.family.title}: {run.tokens} negative tokens, scale "
+                f"{', '.join(f'{scale:g}' for scale in run.scales)}, offset {s.offset:g}, "
                 f"layout {s.layout}, {len(run.selected)} of {len(run.blocks)} blocks, "
                 f"reached {int(reached.count_nonzero())}, attention: {', '.join(sorted(run.paths)) or 'compiled'}"
             )

@@ -1,8 +1,6 @@
 """VSF Attention Map: what it draws, what it refuses, and that it finds its map again when the sampler is cached."""
 
 import json
-import os
-import sys
 from io import BytesIO
 from pathlib import Path
 
@@ -10,10 +8,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import conditioning, load_sd3, sample, text
-from hosting.client import ComfyClient
 from hosting.errors import PromptFailed
 from hosting.graph import only_node, to_prompt
-from hosting.server import ComfyServer
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,13 +140,6 @@ def test_schema(pack):
 # -- on a real server, whose cache skips what has not changed
 
 
-@pytest.fixture(scope="module")
-def server():
-    tree, models = Path(os.environ["VSF_COMFYUI"]), Path(os.environ["VSF_MODELS"])
-    with ComfyServer(tree, sys.executable, ROOT, models, extra_args=("--cache-lru", "100")) as running:
-        yield running
-
-
 def graph(client, seed, **settings):
     """The shipped demo with both nodes: only its heat map and overlay are saved."""
     workflow = json.loads((ROOT / "workflows" / "vsf_tiny_demo.json").read_text(encoding="utf-8"))
@@ -169,9 +158,7 @@ def graph(client, seed, **settings):
 DEFAULTS = {"steps": "mean", "layers": "all", "opacity": 0.8, "normalize": "shared"}
 
 
-def test_a_cached_sampler(server):
-    client = ComfyClient(server.address)
-
+def test_a_cached_sampler(client):
     def run(seed, **settings):
         prompt, sampler = graph(client, seed, **settings)
         ran = set()

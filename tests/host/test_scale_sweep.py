@@ -1,12 +1,20 @@
 """VSF Scale Sweep: each picture of the batch is the run that one gets with its scale alone."""
 
+import json
 import logging
+from io import BytesIO
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import conditioning, load_flux, load_sd3, load_wan, relative, sample, text
+from hosting.graph import only_node, to_prompt
+from PIL import Image
 
 import nodes
+
+ROOT = Path(__file__).resolve().parents[2]
 
 LOADERS = {"sd3": (load_sd3, 64, 2048), "flux": (load_flux, 64, 768), "wan": (load_wan, 4096, 2048)}
 SIZES = {"sd3": (15, 21), "flux": (15, 21), "wan": (3, 7, 9)}
@@ -114,6 +122,27 @@ def test_the_model_before_it_is_untouched(pack, models):
     before = sample(model, attached(pack, "sd3"), batch=2)
     sweep(pack, model, empty("sd3"))
     assert torch.equal(sample(model, attached(pack, "sd3"), batch=2), before)
+
+
+def test_shipped_workflow(client):
+    """On a real server with tiny models in place of the big ones: a sheet of five different pictures."""
+    workflow = json.loads((ROOT / "workflows" / "vsf_scale_sweep_sd35_large_turbo.json").read_text(encoding="utf-8"))
+    prompt = to_prompt(workflow, client.object_info())
+    models, clip = only_node(prompt, "CheckpointLoaderSimple"), only_node(prompt, "TripleCLIPLoader")
+    names = {"clip_name": "vsf_tiny_clip_l.safetensors", "type": "sd3"}
+    prompt[clip] = {"class_type": "CLIPLoader", "inputs": names}
+    names = {"unet_name": "vsf_tiny_sd3.safetensors", "weight_dtype": "default"}
+    prompt[models] = {"class_type": "UNETLoader", "inputs": names}
+    prompt["vae"] = {"class_type": "VAELoader", "inputs": {"vae_name": "taesd3"}}
+    prompt[only_node(prompt, "VAEDecode")]["inputs"]["vae"] = ["vae", 0]
+    prompt[only_node(prompt, "EmptySD3LatentImage")]["inputs"].update(width=64, height=64)
+    prompt[only_node(prompt, "KSampler")]["inputs"]["steps"] = 2
+    outputs = client.run(prompt)
+    ref = outputs[only_node(prompt, "SaveImage")]["images"][0]
+    picture = np.array(Image.open(BytesIO(client.image(ref))))
+    assert picture.shape == (8 + 64 + 18 + 8, 8 + 5 * (64 + 8), 3)
+    cells = [picture[8:72, 8 + 72 * i : 72 + 72 * i].tobytes() for i in range(5)]
+    assert len(set(cells)) == 5
 
 
 # -- VSF Contact Sheet

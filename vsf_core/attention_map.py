@@ -23,7 +23,7 @@ class AttentionRecord:
     """The maps of one sampling run: 1 - W, mean over heads and over what ran, at token-grid size.
 
     Bounded: per step, layer group (``LAYERS``) and picture one fp32 number an image token, on the CPU, however many
-    blocks, heads and negatives there are. 8 steps of 1024 x 1024 in SD3 or Flux are 1.6 MB a picture; 20 steps of an
+    blocks, heads and negatives there are. 8 steps of 1024 x 1024 in SD3 or Flux are 0.4 MB a picture; 20 steps of an
     81-frame 480p video in Wan are 8 MB.
     """
 

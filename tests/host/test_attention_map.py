@@ -242,6 +242,17 @@ def test_nothing_is_computed_without_the_node(pack, models):
     assert len(seen[False]) == 2 * 3 * 3 + 1  # image, P and N0 in each block and step; the probe of a run
 
 
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_memory_is_bounded(pack, models, tokens):
+    """One fp32 number a step, layer group and token, whatever the negative's length and number of evaluations."""
+    with_record, kept = record(pack, pack.patch(models["flux"]))
+    attached = pack.negative(prompt("flux"), negative=[[negative("flux", tokens), {}]])
+    sample(with_record, attached, steps=3, sampler="heun", batch=2, cfg=2.5)
+    tensors = [*kept._sums.values()]
+    assert sum(t.untyped_storage().nbytes() for t in tensors) == 3 * 3 * 2 * 8 * 12 * 4
+    assert {(t.dtype, t.device.type) for t in tensors} == {(torch.float32, "cpu")}
+
+
 def test_areas_are_refused(pack, models):
     area = pack.negative(prompt("sd3", area=(8, 8, 0, 0)), negative=[[negative("sd3"), {}]])
     with_record, _ = record(pack, pack.patch(models["sd3"]))
@@ -252,3 +263,20 @@ def test_areas_are_refused(pack, models):
 def test_recording_twice_and_unsupported_models(pack, models):
     with pytest.raises(ValueError, match="VSF Record already"):
         record(pack, record(pack, models["sd3"])[0])
+    model = load_sd3()
+    model.model.__class__ = type("Other", (type(model.model),), {})
+    with pytest.raises(ValueError, match="class Other are not supported"):
+        record(pack, model)
+
+
+def test_image_tokens_that_another_node_adds_are_an_error(pack, models):
+    def add(args):
+        img = torch.cat([args["img"], args["img"][:, :3]], dim=1)
+        return {**args, "img": img, "img_ids": torch.nn.functional.pad(args["img_ids"], (0, 0, 0, 3))}
+
+    model = models["flux"].clone()
+    model.set_model_patch(add, "post_input")
+    with_record, _ = record(pack, pack.patch(model))
+    attached = pack.negative(prompt("flux"), negative=[[negative("flux"), {}]])
+    with pytest.raises(RuntimeError, match="expects 96 image tokens .* attends from 99"):
+        sample(with_record, attached)

@@ -25,7 +25,8 @@ class Holder:
     which the sampler did not run. For its bound in memory see ``AttentionRecord``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patch_size: int) -> None:
+        self.patch_size = patch_size
         self.record = AttentionRecord()
         self.prompt: str | None = None
         """Id of the queued prompt that the run was part of; None outside a server."""
@@ -44,6 +45,30 @@ class Holder:
         if ours:
             self.picture = picture
         return ours
+
+    def outer_sample(
+        self,
+        executor: Any,
+        noise: Tensor,
+        latent_image: Tensor,
+        sampler: Any,
+        sigmas: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The wrapper around a sampling run."""
+        guider, frames = executor.class_obj, noise.shape[2] if noise.ndim == 5 else 1
+        shape = (noise.shape[0], frames, noise.shape[-2], noise.shape[-1])
+        self.record.begin(shape, len(sigmas) - 1, self.patch_size)
+        self.prompt, self.picture = current_prompt(), None
+        entries = [e for branch, entries in guider.conds.items() if branch != "negative" for e in entries]
+        wanted = frozenset(e["uuid"] for e in entries if negatives_of(e))
+        options = guider.model_options["transformer_options"]  # this run's own copy
+        options[RECORD_KEY] = Recorder(self.record, wanted, sigmas)
+        try:
+            return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        finally:
+            options.pop(RECORD_KEY, None)
 
 
 def current_prompt() -> str | None:
@@ -101,27 +126,10 @@ class VSFRecord(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: io.Model.Type) -> io.NodeOutput:
-        patch = family_of(model.model).patch_size
+        patch_size = family_of(model.model).patch_size
         kind = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
         if model.get_wrappers(kind, WRAPPER_KEY):
             raise ValueError("VSF: this model has a VSF Record already. Remove one of the two nodes.")
-        holder, recorded = Holder(), model.clone()
-
-        def outer_sample(
-            executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *args: Any, **kwargs: Any
-        ) -> Tensor:
-            guider = executor.class_obj
-            frames = noise.shape[2] if noise.ndim == 5 else 1
-            holder.record.begin((noise.shape[0], frames, noise.shape[-2], noise.shape[-1]), len(sigmas) - 1, patch)
-            holder.prompt, holder.picture = current_prompt(), None
-            entries = [e for branch, entries in guider.conds.items() if branch != "negative" for e in entries]
-            wanted = frozenset(e["uuid"] for e in entries if negatives_of(e))
-            options = guider.model_options["transformer_options"]  # this run's own copy
-            options[RECORD_KEY] = Recorder(holder.record, wanted, sigmas)
-            try:
-                return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-            finally:
-                options.pop(RECORD_KEY, None)
-
-        recorded.add_wrapper_with_key(kind, WRAPPER_KEY, outer_sample)
+        holder, recorded = Holder(patch_size), model.clone()
+        recorded.add_wrapper_with_key(kind, WRAPPER_KEY, holder.outer_sample)
         return io.NodeOutput(recorded, holder)

@@ -584,7 +584,7 @@ def _joint_override(
     path = "ordinary text" if ordinary else _path(forward.backend, host, attend)
     bias = place.bias if place.enter(forward.run, path) else None
     shared = (q, k, v, layout, forward.alpha, bias)
-    share = None if ordinary or bias is None else place.share(layout.image)
+    share = place.share(layout.image)
     if ordinary:
         out = masked(q, k, v, mask)
     elif attend is not None:

@@ -28,7 +28,7 @@ import nodes  # noqa: E402
 
 @pytest.fixture(scope="session")
 def pack() -> SimpleNamespace:
-    """The pack's two nodes, as ComfyUI registered them."""
+    """The pack's nodes, as ComfyUI registered them."""
     logging.getLogger().setLevel(logging.INFO)
     # in a thread of its own: the browser tests' driver may keep an event loop running in this one
     assert run_in_thread(nodes.load_custom_node(str(ROOT)))

@@ -55,6 +55,7 @@ CASES = {
     "blocks": {"blocks": "double:1", "seen": {1}},
     "mask": {"mask": True, "batch": 2},
     "two": {"second": 3},
+    "mask on one of two": {"mask": True, "second": 3, "batch": 2},
     "two and cfg": {"second": 3, "cfg": 2.5, "batch": 2},
 }
 
@@ -77,6 +78,7 @@ def check(pack, model, family, positive=None, path="merge", before=0, patch=(), 
         other = negative(family, case["second"], seed=6)
         attached = pack.negative(attached, negative=[[other, {}]], strength=0.5)
         n, alpha = torch.cat([n, other], dim=1), torch.cat([alpha, torch.full((case["second"],), 1.65)])
+        keep = None if keep is None else torch.cat([keep, torch.ones(len(keep), case["second"])], dim=1)
     expect = Expect(positive[0][0], n, alpha, 0.2, keep, case.get("seen"), pooled=text(1, 77, 768)[:, 0])
     oracle, seen = oracle_model(model, [expect], released=released)
     run = {"size": size, "batch": case.get("batch", 1), "cfg": case.get("cfg", 1.0), "steps": 2}

@@ -2,9 +2,13 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .attention_map import VSFAttentionMap
+from .contact_sheet import VSFContactSheet
 from .graph_check import watch_prompts
 from .model_patch import VSFModelPatch
 from .negative_conditioning import VSFNegativeConditioning
+from .record import VSFRecord
+from .scale_sweep import VSFScaleSweep
 
 
 class VSFExtension(ComfyExtension):
@@ -12,7 +16,14 @@ class VSFExtension(ComfyExtension):
         watch_prompts()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [VSFNegativeConditioning, VSFModelPatch]
+        return [
+            VSFNegativeConditioning,
+            VSFModelPatch,
+            VSFRecord,
+            VSFAttentionMap,
+            VSFScaleSweep,
+            VSFContactSheet,
+        ]
 
 
 async def comfy_entrypoint() -> VSFExtension:

@@ -35,6 +35,11 @@ def unmet_negatives(prompt: dict) -> list[str]:
     return [node for node in negatives if not _closure(node, consumers) & patched]
 
 
+def ancestors(prompt: dict, node: str) -> set[str]:
+    """Ids of the nodes of an API-format prompt that lead to ``node``, itself included."""
+    return _closure(node, {n: _sources(prompt[n]) & prompt.keys() for n in prompt})
+
+
 def _class(node: object) -> str | None:
     kind = node.get("class_type") if isinstance(node, dict) else None
     return kind if isinstance(kind, str) else None

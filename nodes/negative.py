@@ -55,7 +55,7 @@ def count_tokens(negatives: Sequence[Negative]) -> int:
 
 def step_conds(
     groups: Sequence[Sequence[Negative]],
-    scale: float,
+    scales: Sequence[float],
     offset: float,
     latent: Tensor,
     pooled: bool = False,
@@ -64,12 +64,13 @@ def step_conds(
     """What each of a step's entries (given by its negatives) adds to its ``model_conds``, so that all share one batch.
 
     Every entry gets the same keys and shapes: negatives shorter than the longest are padded with tokens of bias +inf,
-    and an entry without any is all padding. ``window``: see ``_video_mask``.
+    and an entry without any is all padding. ``scales``: one, or one for each picture of the batch. ``window``: see
+    ``_video_mask``.
 
     Keys and shapes (b: 1 or more, n: tokens, m: masks, 1 or n):
 
     - ``vsf_tokens`` [b, n, C]
-    - ``vsf_alpha``  [1, n, 1]: scale times each negative's strength
+    - ``vsf_alpha``  [scales, n, 1]: scale times each negative's strength
     - ``vsf_bias``   [1, 1, n or 1]: beta per token; one column where an entry's tokens all share it
     - ``vsf_mask``   [b, m, (frames,) h, w], where a negative has a mask: in latent size, cut by ComfyUI as areas are
     - ``vsf_mixed``  constant: some entry has padding
@@ -87,14 +88,14 @@ def step_conds(
     out = []
     for group in groups:
         tokens = _padded([n.tokens for n in group], length, width, latent)
-        alpha = torch.zeros(1, length, 1, device=latent.device)
+        alpha = torch.zeros(len(scales), length, 1)
         bias = torch.full((1, 1, length), torch.inf, device=latent.device)
         for n, span in _spans(group):
-            alpha[:, span] = scale * n.strength
+            alpha[:, span] = torch.tensor(scales, dtype=torch.float64)[:, None, None] * n.strength
             bias[..., span] = offset
         conds: dict[str, Any] = {
             "tokens": comfy.conds.CONDRegular(tokens),
-            "alpha": comfy.conds.CONDRegular(alpha),
+            "alpha": comfy.conds.CONDRegular(alpha.to(latent.device)),
             "bias": comfy.conds.CONDRegular(bias[..., :1] if shared_bias else bias),
             "mixed": comfy.conds.CONDConstant(mixed),
         }

@@ -21,12 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..vsf_core import (
+    LAYERS,
     LSEAttention,
     TokenLayout,
     cross_attention,
     cross_attention_masked,
     joint_attention,
     joint_attention_masked,
+    layer_of,
 )
 from .blocks import Block, all_blocks, parse_blocks
 from .compiled import is_compiled, told_apart, unwrapped
@@ -42,6 +44,10 @@ WRAPPER_KEY = "vsf"
 RUN_KEY = "vsf_run"
 FORWARD_KEY = "vsf_forward"
 PLACE_KEY = "vsf_place"
+RECORD_KEY = "vsf_record"
+"""In ``transformer_options``, while VSF Record is in the graph: the ``Recorder`` of this run."""
+SCALES_KEY = "vsf_scales"
+"""In ``transformer_options``, while VSF Scale Sweep is in the graph: a scale for each picture of the batch."""
 COMPILED_MULTIPLE = 16
 """Under torch.compile N is padded to a multiple of this, so that another negative seldom means another graph."""
 LAYOUTS = ("paper", "released")
@@ -67,6 +73,7 @@ class Run:
     blocks: tuple[Block, ...]
     selected: frozenset[Block]
     tokens: int
+    scales: tuple[float, ...]
     latent_frames: int | None
     paths: set[str] = field(default_factory=set)
     cache: dict = field(default_factory=dict)
@@ -104,18 +111,30 @@ class Forward:
     text: int
     """Length of the whole text stream, N included."""
     reached: Tensor
-    """int [2, blocks]: how often each block ran, and how often its attention over text did. On the CPU: read without
-    waiting for a device."""
+    """int [3, blocks]: how often each block ran, how often its attention over text did, and how often that was noted in
+    ``shares``. On the CPU: read without waiting for a device."""
+    shares: Tensor | None
+    """[layer groups, B, image tokens]: 1 - W, summed over blocks; None without VSF Record."""
 
-    def place(self, block: Block, seen: Tensor) -> "Place":
+    def place(self, block: Block, seen: Tensor, note: tuple[Tensor, Tensor] | None = None) -> "Place":
         """What the attention inside a block gets to know of where it is; ``seen`` counts its calls."""
         selected = block in self.run.selected
-        return Place(block[0], selected, self.bias if selected else self.nowhere, seen)
+        return Place(block[0], selected, self.bias if selected else self.nowhere, seen, note)
+
+    def note(self, position: int) -> tuple[Tensor, Tensor] | None:
+        """Where the block at ``position`` adds its share, and counts that it did."""
+        if self.shares is None:
+            return None
+        return self.shares[layer_of(position, len(self.run.blocks))], self.reached[2, position]
+
+    def acts_in(self, block: Block) -> bool:
+        """Whether the image sees N1 in this block."""
+        return block in self.run.selected and (self.released is None or block[0] in self.released.kinds)
 
     def signature(self) -> str:
         """All that a graph compiled for this pass takes for granted and torch.compile does not guard: no values."""
         shapes = (self.tokens, *self.alpha.shape, *self.bias.shape)
-        kinds = (self.padding is None, self.hidden is None, self.released is None)
+        kinds = (self.padding is None, self.hidden is None, self.released is None, self.shares is None)
         blocks = "".join(str(int(block in self.run.selected)) for block in self.run.blocks)
         b = self.backend
         attention = (b.library, b.attend and b.attend.__name__, b.deaf is None)
@@ -133,6 +152,20 @@ class Place:
     selected: bool
     bias: Tensor
     seen: Tensor
+    note: tuple[Tensor, Tensor] | None = None
+    """``Forward.note`` of this block."""
+
+    def share(self, tokens: int) -> Tensor | None:
+        """Where this block's 1 - W goes, [B, image tokens], counting that it does; None without VSF Record."""
+        if self.note is None:
+            return None
+        if tokens != self.note[0].shape[1]:
+            raise RuntimeError(
+                f"VSF: VSF Record expects {self.note[0].shape[1]} image tokens (the picture's and its references'), "
+                f"but this model attends from {tokens}: another node adds some. Remove that node or VSF Record."
+            )
+        self.note[1].add_(1)
+        return self.note[0]
 
     def enter(self, run: Run, path: str) -> bool:
         """Note that the attention over text is running, and how; whether N must be attended to."""
@@ -190,10 +223,17 @@ class VSFPatch:
         dtype = patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
         check_negatives(self.family, self._mixes_pooled(), [e for _, e in entries], diffusion_model, noise, dtype)
         counts = self.family.block_counts(diffusion_model)
+        scales = options.get(SCALES_KEY, (self.settings.scale,))
+        if SCALES_KEY in options and len(scales) != noise.shape[0]:
+            raise ValueError(
+                f"VSF: VSF Scale Sweep has {len(scales)} scales, but {noise.shape[0]} pictures are sampled. Connect "
+                "its latent output to the sampler."
+            )
         run = Run(
             blocks=tuple(sorted(all_blocks(counts))),
             selected=parse_blocks(self.settings.blocks, counts),
             tokens=longest,
+            scales=scales,
             latent_frames=noise.shape[2] if noise.ndim == 5 else None,
         )
         for _, entry in entries:
@@ -272,8 +312,8 @@ class VSFPatch:
         window = _context_window(run, x_in, model_options)
         key = (tuple(map(id, groups)), x_in.shape, x_in.device, window)
         if key not in run.cache:  # groups are kept with the result, so that their ids stay theirs
-            s, pooled = self.settings, self._mixes_pooled()
-            run.cache[key] = groups, step_conds(groups, s.scale, s.offset, x_in, pooled, window)
+            offset, pooled = self.settings.offset, self._mixes_pooled()
+            run.cache[key] = groups, step_conds(groups, run.scales, offset, x_in, pooled, window)
         return dict(zip(map(id, entries), run.cache[key][1], strict=True))
 
     # -- one forward pass ---------------------------------------------------------------------------------------------
@@ -309,15 +349,20 @@ class VSFPatch:
         copy = [tokens] if self._released is not None and self._released.copy else []
         context = torch.cat([tokens, c_crossattn, *copy], dim=1)
         forward = self._forward(run, ours, context.shape[1], x, kwargs, backend, diffusion_model)
+        if RECORD_KEY in transformer_options:
+            forward.shares = self._no_shares(x, kwargs, diffusion_model)
         if kwargs.get("attention_mask") is not None:
             kwargs["attention_mask"] = _grown_mask(kwargs["attention_mask"], tokens.shape[1])
         if "pooled" in ours and (weight := self.family.released.pooled) is not None:
             kwargs["y"] = _mixed_pooled(kwargs["y"], ours["pooled"][:, 0], weight)
         options = self._patched_options(transformer_options, forward)
+        conds = kwargs
         if compiled:
             control, kwargs = told_apart(PREFIX + forward.signature(), len(run.blocks), control, kwargs)
         result = executor(x, t, c_concat, context, control, options, **kwargs)
         self._check_reached(run, forward, compiled)
+        if forward.shares is not None:
+            self._hand_over(forward, x, self.family.reference_tokens(conds, diffusion_model)[0], transformer_options)
         return result
 
     def _backend(self, run: Run, options: dict, device: torch.device, model: Any) -> Backend:
@@ -353,8 +398,31 @@ class VSFPatch:
             hidden=is_padding.expand(-1, length) if self._released is not None and ours["mixed"] else None,
             backend=backend,
             text=text,
-            reached=torch.zeros(2, len(run.blocks), dtype=torch.int32),
+            reached=torch.zeros(3, len(run.blocks), dtype=torch.int32),
+            shares=None,
         )
+
+    def _no_shares(self, latent: Tensor, conds: dict, diffusion_model: Any) -> Tensor:
+        tokens = self.family.grid(latent) + sum(self.family.reference_tokens(conds, diffusion_model))
+        return torch.zeros(len(LAYERS), latent.shape[0], tokens, device=latent.device)
+
+    def _hand_over(self, forward: Forward, latent: Tensor, before: int, options: dict) -> None:
+        """After a forward pass: the image's own shares, without those of reference tokens, to VSF Record."""
+        assert forward.shares is not None
+        run, counts = forward.run, torch.zeros(len(LAYERS))
+        for position, block in enumerate(run.blocks):
+            reached, noted = forward.reached[1:, position].tolist()
+            if forward.acts_in(block):
+                counts[layer_of(position, len(run.blocks))] += noted
+                if noted < reached:
+                    raise RuntimeError(
+                        f"VSF: VSF Record saw nothing of {block[0]} block {block[1]}: torch.compile took a graph of "
+                        "this block alone that it made without VSF Record. Compile the whole model instead, or remove "
+                        "VSF Record."
+                    )
+        window = _context_window(run, latent, {"transformer_options": options})
+        shares = forward.shares[:, :, before : before + self.family.grid(latent)]
+        options[RECORD_KEY].add(shares, counts, latent.shape, window and window[1], options)
 
     def _image_bias(self, bias: Tensor, mask: Tensor | None, latent: Tensor, references: tuple[int, int]) -> Tensor:
         """Beta per token [B, 1, n or 1], plus masks and what reference images may see: [B, I or 1, n or 1]."""
@@ -398,7 +466,7 @@ class VSFPatch:
 
         A compiled model that runs no block used a graph from a run without VSF.
         """
-        ran, reached = forward.reached
+        ran, reached, _ = forward.reached
         if not ran.any():
             error = RuntimeError(
                 "VSF: no block of this model ran through ComfyUI's block patches, so the negative had no effect. "
@@ -419,7 +487,8 @@ class VSFPatch:
             run.reported = True
             s = self.settings
             log.info(
-                f"VSF: {self.family.title}: {run.tokens} negative tokens, scale {s.scale:g}, offset {s.offset:g}, "
+                f"VSF: {self.family.title}: {run.tokens} negative tokens, scale "
+                f"{', '.join(f'{scale:g}' for scale in run.scales)}, offset {s.offset:g}, "
                 f"layout {s.layout}, {len(run.selected)} of {len(run.blocks)} blocks, "
                 f"reached {int(reached.count_nonzero())}, attention: {', '.join(sorted(run.paths)) or 'compiled'}"
             )
@@ -495,7 +564,7 @@ def _run_block(block: Block, position: int, previous: Callable | None, args: dic
             layout = None if forward.family.cross else forward.family.layout(block[0], inner, forward.tokens)
         except KeyError as missing:
             raise changed_host(f"{block[0]} blocks hand their patches no {missing}") from missing
-        here: dict[str, Any] = {PLACE_KEY: forward.place(block, forward.reached[1, position])}
+        here: dict[str, Any] = {PLACE_KEY: forward.place(block, forward.reached[1, position], forward.note(position))}
         if layout is not None:
             here[OVERRIDE] = partial(_joint_override, layout, options.get(OVERRIDE))
         forward.reached[0, position].add_(1)
@@ -529,9 +598,9 @@ def _cross_override(previous: Callable | None, func: Callable, *args: Any, **kwa
     if not place.enter(forward.run, _path(forward.backend, host, attend)):
         out = host.black_box(q, *positive, None)
     elif attend is not None:
-        out = cross_attention(*shared, attend, host.scale)
+        out = cross_attention(*shared, attend, host.scale, place.share(host.queries))
     else:
-        out = cross_attention_masked(*shared, forward.backend.masked(host))
+        out = cross_attention_masked(*shared, forward.backend.masked(host), place.share(host.queries))
     return host.join(out)
 
 
@@ -552,12 +621,13 @@ def _joint_override(
     path = "ordinary text" if ordinary else _path(forward.backend, host, attend)
     bias = place.bias if place.enter(forward.run, path) else None
     shared = (q, k, v, layout, forward.alpha, bias)
+    share = place.share(layout.image)
     if ordinary:
         out = masked(q, k, v, mask)
     elif attend is not None:
-        out = joint_attention(*shared, attend, forward.padding, host.scale)
+        out = joint_attention(*shared, attend, forward.padding, host.scale, share)
     else:
-        out = joint_attention_masked(*shared, masked, forward.padding, mask)
+        out = joint_attention_masked(*shared, masked, forward.padding, mask, share)
     return host.join(out)
 
 

@@ -10,12 +10,15 @@ the negative ones. This package is torch only: it knows nothing of ComfyUI and i
 """
 
 from .attention import cross_attention, cross_attention_masked, joint_attention, joint_attention_masked, merge_negative_
+from .attention_map import LAYERS, AttentionRecord, heat_colors, laid_over, layer_of
 from .backends import LSEAttention, lse_attention
 from .embeddings import content_length, extrapolate, null_embedding, whole_embedding_flip
 from .layout import TokenLayout
 from .reference import cross_attention_reference, joint_attention_reference, joint_mask
 
 __all__ = [
+    "LAYERS",
+    "AttentionRecord",
     "LSEAttention",
     "TokenLayout",
     "content_length",
@@ -23,10 +26,13 @@ __all__ = [
     "cross_attention_masked",
     "cross_attention_reference",
     "extrapolate",
+    "heat_colors",
     "joint_attention",
     "joint_attention_masked",
     "joint_attention_reference",
     "joint_mask",
+    "laid_over",
+    "layer_of",
     "lse_attention",
     "merge_negative_",
     "null_embedding",

@@ -5,6 +5,10 @@
 
 Shapes: q, k, v [B, H, L, D]; lse [B, H, L], natural log, fp32; alpha [B or 1, N or 1, 1];
 bias (beta) [B or 1, I or 1, N or 1] in fp32, +inf meaning "never attend".
+
+``share``, everywhere: None, or [B, I] in fp32 to which 1 - W is added, the part of each image token's attention that
+falls on the negative, averaged over heads. It changes no result. Where the log-sum-exp is not to be had it costs a
+second call of the black box and is as exact as that one's dtype.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,6 +38,7 @@ def merge_negative_(
     bias: Tensor,
     attend: LSEAttention,
     scale: float | None = None,
+    share: Tensor | None = None,
 ) -> Tensor:
     """In place: ``z <- W z - alpha (1 - W) softmax(S) V-``, ``S = q K-^T scale - beta``, ``W = sigmoid(lse - lse-)``.
 
@@ -49,26 +54,49 @@ def merge_negative_(
     merge_rows = _merge_uniform_ if bias.shape[-1] == 1 else _merge_per_token_
     for rows in _row_chunks(z, k_neg.shape[2]):
         beta = bias[:, :, rows] if bias.shape[2] > 1 else bias
-        merge_rows(z[:, :, rows], lse[:, :, rows, None], q[:, :, rows], k_neg, flipped, beta, attend, scale)
+        part = None if share is None else share[:, rows]
+        merge_rows(z[:, :, rows], lse[:, :, rows, None], q[:, :, rows], k_neg, flipped, beta, attend, scale, part)
     return z
 
 
 def _merge_uniform_(
-    z: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, attend: LSEAttention, scale: float | None
+    z: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    attend: LSEAttention,
+    scale: float | None,
+    share: Tensor | None,
 ) -> None:
     z_neg, lse_neg = attend(q, k, v, scale)
     margin = lse - lse_neg[..., None] + bias
-    z.mul_(torch.sigmoid(margin)).addcmul_(z_neg, torch.sigmoid(-margin))  # weights stay fp32, one rounding each
+    negative = torch.sigmoid(-margin)
+    z.mul_(torch.sigmoid(margin)).addcmul_(z_neg, negative)  # weights stay fp32, one rounding each
+    if share is not None:
+        share += negative[..., 0].mean(dim=1)
 
 
 def _merge_per_token_(
-    z: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, attend: LSEAttention, scale: float | None
+    z: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    attend: LSEAttention,
+    scale: float | None,
+    share: Tensor | None,
 ) -> None:
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     # fp32 logits: at +-50 a bf16 logit is off by 0.2
     logits = torch.matmul(q.float() * factor, k.float().transpose(-1, -2)) - bias
     total = torch.logaddexp(lse, torch.logsumexp(logits, dim=-1, keepdim=True))
-    z.mul_(torch.exp(lse - total)).add_(torch.matmul(torch.exp(logits - total), v.float()))
+    negative = torch.exp(logits - total)
+    z.mul_(torch.exp(lse - total)).add_(torch.matmul(negative, v.float()))
+    if share is not None:
+        share += negative.sum(dim=-1).mean(dim=1)
 
 
 def _row_chunks(z: Tensor, negative: int) -> Iterator[slice]:
@@ -89,6 +117,7 @@ def joint_attention(
     attend: LSEAttention,
     padding: Tensor | None = None,
     scale: float | None = None,
+    share: Tensor | None = None,
 ) -> Tensor:
     """VSF for joint attention: equals ``joint_attention_reference`` without its mask.
 
@@ -102,7 +131,8 @@ def joint_attention(
         return z
     if bias is not None:
         hidden = bias if padding is None else bias.masked_fill(padding[:, None], torch.inf)
-        merge_negative_(z[:, :, i], lse[:, :, i], q[:, :, i], k[:, :, n], v[:, :, n], alpha, hidden, attend, scale)
+        negative = k[:, :, n], v[:, :, n]
+        merge_negative_(z[:, :, i], lse[:, :, i], q[:, :, i], *negative, alpha, hidden, attend, scale, share)
     z_n, lse_n = attend(q[:, :, n], k[:, :, i], v[:, :, i], scale)
     visible = _padding_bias(padding, q)
     z[:, :, n] = merge_negative_(z_n, lse_n, q[:, :, n], k[:, :, n], v[:, :, n], -1.0, visible, attend, scale)
@@ -119,6 +149,7 @@ def joint_attention_masked(
     attend: Attention,
     padding: Tensor | None = None,
     mask: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> Tensor:
     """``joint_attention`` through a black box: each group of queries gets a mask of one row (or a chunk of rows).
 
@@ -149,6 +180,8 @@ def joint_attention_masked(
             beta = bias[:, chunk] if bias.shape[1] > 1 else bias
             seen = _add_columns(rows(image), n, visible - beta[:, None].to(q.dtype))
             out[:, :, image] = attend(q[:, :, image], k, flipped, seen)
+            if share is not None:
+                share[:, chunk] += _weight_on(n, q[:, :, image], k, seen, attend)
     if layout.positive:
         out[:, :, p] = plain(p)
     if layout.negative:
@@ -156,6 +189,13 @@ def joint_attention_masked(
         isolated[..., p] = -torch.inf
         out[:, :, n] = attend(q[:, :, n], k, v, isolated)
     return out
+
+
+def _weight_on(columns: slice, q: Tensor, k: Tensor, mask: Tensor, attend: Attention) -> Tensor:
+    """[B, Lq]: how much of the attention falls on ``columns``: attention to values that are 1 there and 0 elsewhere."""
+    ones = torch.zeros_like(k)
+    ones[:, :, columns] = 1.0
+    return attend(q, k, ones, mask)[..., 0].float().mean(dim=1)
 
 
 def _padding_bias(padding: Tensor | None, like: Tensor) -> Tensor:
@@ -183,10 +223,11 @@ def cross_attention(
     bias: Tensor,
     attend: LSEAttention,
     scale: float | None = None,
+    share: Tensor | None = None,
 ) -> Tensor:
     """VSF for cross-attention (Eq. 9): equals ``cross_attention_reference`` without its mask."""
     z, lse = attend(q, k, v, scale)
-    return merge_negative_(z, lse, q, k_neg, v_neg, alpha, bias, attend, scale)
+    return merge_negative_(z, lse, q, k_neg, v_neg, alpha, bias, attend, scale, share)
 
 
 def cross_attention_masked(
@@ -198,15 +239,19 @@ def cross_attention_masked(
     alpha: Tensor,
     bias: Tensor,
     attend: Attention,
+    share: Tensor | None = None,
 ) -> Tensor:
     """``cross_attention`` through a black box, with a mask of one row, or of a chunk of rows where beta varies."""
     keys = torch.cat((k_neg, k), dim=2)
     values = torch.cat((-alpha[:, None].to(v.dtype) * v_neg, v), dim=2)
     negative, rows = slice(0, k_neg.shape[2]), q.new_zeros(1, 1, 1, keys.shape[2])
-    if bias.shape[1] == 1:
+    if bias.shape[1] == 1 and share is None:
         return attend(q, keys, values, _add_columns(rows, negative, -bias[:, None].to(q.dtype)))
     out = torch.empty_like(q)
-    for chunk in _row_chunks(q, keys.shape[2]):
-        mask = _add_columns(rows, negative, -bias[:, None, chunk].to(q.dtype))
+    for chunk in _row_chunks(q, keys.shape[2]) if bias.shape[1] > 1 else [slice(0, q.shape[2])]:
+        beta = bias[:, chunk] if bias.shape[1] > 1 else bias
+        mask = _add_columns(rows, negative, -beta[:, None].to(q.dtype))
         out[:, :, chunk] = attend(q[:, :, chunk], keys, values, mask)
+        if share is not None:
+            share[:, chunk] += _weight_on(negative, q[:, :, chunk], keys, mask, attend)
     return out

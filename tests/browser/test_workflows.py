@@ -11,6 +11,8 @@ WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 WIDGETS = {
     "VSFModelPatch": ("scale", "offset", "start_percent", "end_percent", "blocks", "layout", "affect_references"),
     "VSFNegativeConditioning": ("text", "strength", "extrapolation", "from_frame", "to_frame"),
+    "VSFScaleSweep": ("scales",),
+    "VSFContactSheet": ("columns",),
 }
 
 LOAD = """async (workflow) => {

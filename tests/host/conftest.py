@@ -20,7 +20,8 @@ args.cpu = True
 args.use_pytorch_cross_attention = True
 
 import comfy.model_management  # noqa: E402, F401
-from hosting.client import run_in_thread  # noqa: E402
+from hosting.client import ComfyClient, run_in_thread  # noqa: E402
+from hosting.server import ComfyServer  # noqa: E402
 
 import nodes  # noqa: E402
 
@@ -43,3 +44,11 @@ def load_pack() -> SimpleNamespace:
         negative=lambda positive, **kw: mapping["VSFNegativeConditioning"].execute(positive=positive, **kw).result[0],
         mapping=mapping,
     )
+
+
+@pytest.fixture(scope="session")
+def client():
+    """A real ComfyUI server with the pack and the tiny models, that keeps whatever it has computed."""
+    tree, models = Path(os.environ["VSF_COMFYUI"]), Path(os.environ["VSF_MODELS"])
+    with ComfyServer(tree, sys.executable, ROOT, models, extra_args=("--cache-lru", "100")) as running:
+        yield ComfyClient(running.address)

@@ -38,6 +38,8 @@ class Record:
     passed: int = 0
     forwards: list = field(default_factory=list)
     blocks: int = 0
+    shares: list = field(default_factory=list)
+    """(block, [B, I] of 1 - W: the mean over heads of the weight on N1), one a call in which the image saw it."""
 
     def block(self):
         """The index of the block at work, counted over one forward's joint calls."""
@@ -45,17 +47,19 @@ class Record:
         return self.blocks - 1
 
 
-def dense(q, k, v, heads, allowed, bias):
-    """softmax(q k^T / sqrt(d) + bias where allowed) v in fp64; q, k, v [B, L, H*D]."""
+def dense(q, k, v, heads, allowed, bias, seen=None):
+    """softmax(q k^T / sqrt(d) + bias where allowed) v in fp64; q, k, v [B, L, H*D]. ``seen``: takes the weights."""
     b, _, c = q.shape
     d = c // heads
     q, k, v = (t.double().view(b, -1, heads, d).transpose(1, 2) for t in (q, k, v))
     logits = q @ k.transpose(-1, -2) / d**0.5 + bias
     logits = logits.masked_fill(~allowed, float("-inf"))
+    if seen is not None:
+        seen(logits.softmax(-1))
     return (logits.softmax(-1) @ v).transpose(1, 2).reshape(b, -1, c)
 
 
-def listing_1(q, k, v, heads, image, positive, n, expect, block, user_mask=None):
+def listing_1(q, k, v, heads, image, positive, n, expect, block, user_mask=None, record=None):
     """Sequence [P, N0, I] (text first, as the model file builds it), keys of N1 appended. q, k, v [B, L, H*D].
 
     In the released pipeline's [P, N, N0] the plain copy N is ordinary text: it counts as the end of P here.
@@ -80,7 +84,12 @@ def listing_1(q, k, v, heads, image, positive, n, expect, block, user_mask=None)
         allowed[i, n1] = False
     if user_mask is not None:
         bias = bias + torch.nn.functional.pad(user_mask.double(), (0, n))[:, None]
-    return dense(q, k, v, heads, allowed, bias).to(q.dtype)
+
+    def seen(weights):
+        if record is not None and (expect.blocks is None or block in expect.blocks):
+            record.shares.append((block, weights[:, :, i, n1].sum(-1).mean(1)))
+
+    return dense(q, k, v, heads, allowed, bias, seen).to(q.dtype)
 
 
 def sd3_attention(original, image, positive, n, expect, record, released, user_mask):
@@ -92,7 +101,7 @@ def sd3_attention(original, image, positive, n, expect, record, released, user_m
             return original(q, k, v, heads=heads, **kwargs)
         assert q.shape[1] == positive + n + image
         record.joint += 1
-        return listing_1(q, k, v, heads, image, positive, n, expect, record.block())
+        return listing_1(q, k, v, heads, image, positive, n, expect, record.block(), record=record)
 
     return attention
 
@@ -109,7 +118,7 @@ def flux_attention(doubles):
             if released and block >= doubles:
                 everything = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool)
                 return dense(q, k, v, heads, everything, torch.zeros(1, dtype=torch.float64)).to(q.dtype)
-            return listing_1(q, k, v, heads, image, positive, n, expect, block, user_mask)
+            return listing_1(q, k, v, heads, image, positive, n, expect, block, user_mask, record)
 
         return attention
 
@@ -133,6 +142,7 @@ def wan_cross_attention(model, n, expect, record):
     """While open, Wan's cross-attention layers are Eq. 9, dense and by hand, on [P, N]; VACE's follow their host."""
     diffusion_model = model.model.diffusion_model
     layers = {id(block.cross_attn): i for i, block in enumerate(diffusion_model.blocks)}
+    own = set(layers)  # VACE's are no part of the record
     hosts = {n: i for i, n in getattr(diffusion_model, "vace_layers_mapping", {}).items()}
     for j, block in enumerate(getattr(diffusion_model, "vace_blocks", ())):
         layers[id(block.cross_attn)] = hosts[j]
@@ -156,7 +166,12 @@ def wan_cross_attention(model, n, expect, record):
             bias[:, positive:] += expect.keep.double().log()
         if expect.blocks is not None and layers[id(self)] not in expect.blocks:
             allowed[:, positive:] = False
-        return self.o((out + dense(q, k, v, self.num_heads, allowed, bias)).to(x.dtype))
+
+        def seen(weights):
+            if id(self) in own and allowed[:, positive:].all():
+                record.shares.append((layers[id(self)], weights[..., positive:].sum(-1).mean(1)))
+
+        return self.o((out + dense(q, k, v, self.num_heads, allowed, bias, seen)).to(x.dtype))
 
     originals = {cls: cls.forward for cls in (wan.WanT2VCrossAttention, wan.WanI2VCrossAttention)}
     for cls in originals:

@@ -104,3 +104,37 @@ def test_blocks_compiled_alone_are_right_or_loud(pack, family):
         assert check(17, n=5) <= 1e-5
     except RuntimeError as error:
         assert "compile the whole model instead" in str(error)
+
+
+@pytest.mark.parametrize("part", ["whole", "blocks"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_attention_map_is_right_or_loud(pack, family, part):
+    """A graph made without VSF Record is not taken for one with it; where a block's is, the run stops."""
+    load, width, pooled, size, _ = FAMILIES[family]
+    model = load()
+    attached = pack.negative(conditioning(13, 1, width, pooled), negative=[[text(5, 5, width), {}]])
+
+    def run(m, record):
+        m = pack.patch(m, blocks="double:1")
+        kept = None
+        if record:
+            m, holder = pack.mapping["VSFRecord"].execute(model=m).result
+            kept = holder.record
+        with torch.no_grad():
+            return sample(m, attached, size=size, steps=1), kept
+
+    eager, expected = run(model, True)
+    whole = compiled(model, family, part)
+    for record in (False, True, False, True) if part == "whole" else (True, True):
+        result, kept = run(whole, record)
+        assert relative(result, eager) <= 1e-5
+        if kept is not None:
+            torch.testing.assert_close(kept.mean(), expected.mean(), rtol=0, atol=1e-5)
+    if part == "blocks":
+        torch._dynamo.reset()
+        run(whole, False)
+        try:
+            _, kept = run(whole, True)
+            torch.testing.assert_close(kept.mean(), expected.mean(), rtol=0, atol=1e-5)
+        except RuntimeError as error:
+            assert "VSF Record saw nothing of" in str(error)

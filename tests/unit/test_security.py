@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [ROOT / "__init__.py", *ROOT.glob("nodes/**/*.py"), *ROOT.glob("vsf_core/**/*.py")]
 HARMLESS = {"abc", "collections", "comfy", "comfy_api", "dataclasses", "functools", "importlib", "itertools", "logging"}
-HARMLESS |= {"math", "re", "sys", "torch", "typing", "weakref", "sageattention", "flash_attn", "xformers"}
+HARMLESS |= {"json", "math", "numpy", "PIL", "re", "sys", "threading", "torch", "typing", "weakref"}
+HARMLESS |= {"sageattention", "flash_attn", "xformers"}
 """Modules that the pack may import; of these, ``torch`` and ``comfy`` can read files."""
 BUILTINS = {"eval", "exec", "compile", "open", "input", "breakpoint", "__import__"}
 METHODS = {"load", "save", "load_torch_file", "load_state_dict_from_url", "download_url_to_file", "open"}

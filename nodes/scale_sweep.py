@@ -1,0 +1,72 @@
+"""The node "VSF Scale Sweep": one picture at several scales, as one batch."""
+
+import math
+
+import comfy.patcher_extension
+from comfy_api.latest import io
+
+from .seams import SCALES_KEY, WRAPPER_KEY
+
+
+class VSFScaleSweep(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VSFScaleSweep",
+            display_name="VSF Scale Sweep",
+            category="conditioning/VSF",
+            description="Samples the same picture at several scales in one run, to find the right one. Takes the "
+            "place of VSF Model Patch's scale. Put it between that node and the sampler.",
+            search_aliases=["alpha sweep", "compare scales", "XY plot", "grid", "VSF"],
+            inputs=[
+                io.Model.Input("model", tooltip="From VSF Model Patch, whose other settings stay in use."),
+                io.Latent.Input("latent", tooltip="The latent of one picture or video: each scale gets a copy of it."),
+                io.String.Input(
+                    "scales",
+                    default="0, 1, 2, 3, 4",
+                    tooltip="The scales, separated by commas. All get the same noise, so they differ in nothing else "
+                    "(with samplers that add noise on the way, as the ancestral ones do, in that noise too). Memory "
+                    "grows with their number as with any batch.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The model, for the sampler."),
+                io.Latent.Output(tooltip="The latent, once for each scale, for the same sampler."),
+                io.String.Output(display_name="labels", tooltip="A line for each scale, for VSF Contact Sheet."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: io.Model.Type, latent: dict, scales: str = "0, 1, 2, 3, 4") -> io.NodeOutput:
+        if not model.get_wrappers(comfy.patcher_extension.WrappersMP.CALC_COND_BATCH, WRAPPER_KEY):
+            raise ValueError(
+                "VSF: VSF Scale Sweep needs a model that VSF Model Patch has patched. Put that node before it."
+            )
+        values, samples = _parsed(scales), latent["samples"]
+        if samples.shape[0] != 1:
+            raise ValueError(
+                f"VSF: VSF Scale Sweep takes the latent of one picture, got a batch of {samples.shape[0]}. Set the "
+                "batch size to 1, or pick one with LatentFromBatch."
+            )
+        swept = model.clone()
+        swept.model_options["transformer_options"][SCALES_KEY] = values
+        # ComfyUI draws a picture's noise by its place in the batch, unless this says which place
+        place = (latent.get("batch_index") or [0])[0]
+        repeated = samples.repeat(len(values), *(1,) * (samples.ndim - 1))
+        copies = {**latent, "samples": repeated, "batch_index": [place] * len(values)}
+        return io.NodeOutput(swept, copies, "\n".join(f"scale {value:g}" for value in values))
+
+
+def _parsed(text: str) -> tuple[float, ...]:
+    """The numbers of a comma-separated text. Raises ``ValueError`` that names what is none."""
+    values = []
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        try:
+            values.append(float(item))
+        except ValueError:
+            values.append(math.nan)
+        if not math.isfinite(values[-1]):
+            raise ValueError(f'VSF: scales: "{item}" is no number. Write for example "0, 1, 2, 3.3".')
+    if not values:
+        raise ValueError('VSF: scales is empty. Write for example "0, 1, 2, 3.3".')
+    return tuple(values)

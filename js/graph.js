@@ -3,7 +3,6 @@
 
 const MUTED = 2;
 const BYPASSED = 4;
-const SUBGRAPH_INPUT = -10;
 const DEEPEST = 500; // links in a row; a graph that loops ends here
 
 /**
@@ -52,9 +51,17 @@ export function sourceOf(place, index, type, depth = 0) {
   return originOf(place.node.graph, place.outer, link, type ?? input.type, depth + 1);
 }
 
+/**
+ * Whether a link comes from its subgraph's input side. Node ids are numbers in some frontends, strings in others.
+ * @param {any} link
+ */
+export function comesFromOutside(link) {
+  return Number(link?.origin_id) === -10;
+}
+
 /** @returns {Source | null} */
 function originOf(graph, outer, link, type, depth) {
-  if (link.origin_id !== SUBGRAPH_INPUT) {
+  if (!comesFromOutside(link)) {
     const node = graph.getNodeById(link.origin_id);
     return node ? outputOf({ node, outer }, link.origin_slot, type, depth) : null;
   }

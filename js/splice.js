@@ -1,12 +1,14 @@
 // "Add VSF to this workflow": puts the two nodes between what a sampler gets and the sampler, as one step to undo.
 
 import { app } from "../../scripts/app.js";
-import { places, rootGraph, sourceOf, upstream } from "./graph.js";
+import { comesFromOutside, places, rootGraph, sourceOf, upstream } from "./graph.js";
 import { NEGATIVE, PATCH, isSampler, samplerInputs } from "./rules.js";
 import { say } from "./words.js";
 
 const GAP = 40;
 const TITLE = 30;
+const GROWTH = 80; // Nodes 2.0 draws nodes taller than they say before they are drawn
+const LEAST_WIDTH = 340; // wide enough for the names of the presets
 
 /**
  * An input of a node, and the graph that both are in.
@@ -24,7 +26,7 @@ function outermost(place, name) {
   let at = { place, index: place.node.inputs.findIndex((input) => input.name === name) };
   for (;;) {
     const link = linkInto(at);
-    const goesOut = link?.origin_id === -10 && at.place.outer?.node.inputs[link.origin_slot]?.link != null;
+    const goesOut = comesFromOutside(link) && at.place.outer?.node.inputs[link.origin_slot]?.link != null;
     if (!goesOut) return at;
     at = { place: at.place.outer, index: link.origin_slot };
   }
@@ -86,7 +88,7 @@ function insert(at, type, row, nodes) {
   graph.add(node);
   place(node, target, row);
   const slot = node.inputs.findIndex((input) => input.type === node.outputs[0].type);
-  if (link?.origin_id === -10) graph.inputNode.slots[link.origin_slot].connect(node.inputs[slot], node);
+  if (comesFromOutside(link)) graph.inputNode.slots[link.origin_slot].connect(node.inputs[slot], node);
   else if (link) graph.getNodeById(link.origin_id).connect(link.origin_slot, node, slot);
   const alike = link ? siblings(nodes, link, node.outputs[0].type) : [];
   for (const { node: other, index } of [...alike, { node: target, index: at.index }]) node.connect(0, other, index);
@@ -112,7 +114,7 @@ function connectClip(node, at) {
   const clip = node.inputs.findIndex((input) => input.name === "clip");
   if (!encoder) return false;
   const link = encoder.node.graph === graph ? linkInto({ place: encoder, index: clipIndex(encoder.node) }) : null;
-  if (link?.origin_id === -10) {
+  if (comesFromOutside(link)) {
     graph.inputNode.slots[link.origin_slot].connect(node.inputs[clip], node);
     return true;
   }
@@ -129,7 +131,9 @@ const clipIndex = (node) => (node.inputs ?? []).findIndex((input) => input.type 
 /** Left of the target, moved up until nothing is under it. */
 function place(node, target, row) {
   const [x, y] = target.pos;
-  const [width, height] = node.size;
+  node.setSize([Math.max(LEAST_WIDTH, node.size[0]), node.size[1]]);
+  const width = node.size[0];
+  const height = node.size[1] + GROWTH;
   const others = target.graph.nodes.filter((other) => other !== node);
   const covers = (top) =>
     others.some(

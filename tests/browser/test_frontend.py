@@ -187,7 +187,8 @@ def pick_from_menu(tab, on, text):
         """on => { const n = on && t.one(on); const c = app.canvas;
         if (n) c.selectItems([n]); else c.deselectAll();
         c.ds.offset = n ? [600 - n.pos[0], 300 - n.pos[1]] : [4000, 4000]; c.ds.scale = 1; c.setDirty(true, true);
-        const r = c.canvas.getBoundingClientRect(); return n ? [r.left + 680, r.top + 285] : [r.left + 700, r.top + 350] }""",
+        const r = c.canvas.getBoundingClientRect();
+        return n ? [r.left + 680, r.top + 285] : [r.left + 700, r.top + 350] }""",
         on,
     )
     tab.wait_for_timeout(300)
@@ -237,7 +238,8 @@ def test_samplers_that_share_a_positive_share_the_negative(frontend):
     frontend.evaluate("""() => {
         const all = type => app.graph.nodes.filter(n => n.type === type);
         const samplings = all("ModelSamplingSD3");
-        all("KSamplerAdvanced").forEach((k, i) => { samplings[i].connect(0, k, 0); t.one("CLIPTextEncode").connect(0, k, 1) });
+        const prompt = t.one("CLIPTextEncode");
+        all("KSamplerAdvanced").forEach((k, i) => { samplings[i].connect(0, k, 0); prompt.connect(0, k, 1) });
         for (const n of [...all("VSFModelPatch"), ...all("VSFNegativeConditioning")]) app.graph.remove(n);
         t.told();
         return app.extensionManager.command.execute("VSF.AddToWorkflow");

@@ -45,7 +45,8 @@ def test_node_search_finds_both_nodes_by_alias(tab, tmp_path_factory, alias):
 def test_help_panel_shows_the_page_and_its_pictures(tab, tmp_path_factory, node, words):
     tab.evaluate(
         """type => { const n = app.graph.nodes.find(n => n.type === type); const c = app.canvas;
-        c.selectItems([n]); c.ds.scale = 1; c.ds.offset = [400 - n.pos[0], 300 - n.pos[1]]; c.setDirty(true, true); }""",
+        c.selectItems([n]); c.ds.scale = 1;
+        c.ds.offset = [400 - n.pos[0], 300 - n.pos[1]]; c.setDirty(true, true); }""",
         node,
     )
     tab.wait_for_timeout(400)

@@ -2,6 +2,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { say } from "./words.js";
 
 const NODE = "VSFNegativeConditioning";
 const shown = new WeakMap();
@@ -21,7 +22,7 @@ function findNode(executionId) {
 function addTokenView(node) {
   const view = document.createElement("div");
   view.style.cssText = "font: 11px sans-serif; opacity: 0.8; white-space: pre-wrap; overflow: auto; padding: 2px 6px;";
-  view.textContent = "Run once to see which tokens are pushed away.";
+  view.textContent = say("runOnce");
   const widget = node.addDOMWidget("vsf_tokens", "vsf_tokens", view, {
     serialize: false,
     getMinHeight: () => 48,

@@ -37,17 +37,35 @@ def browser():
         chromium.close()
 
 
+@pytest.fixture(scope="session")
+def new_page(browser):
+    """Opens a fresh frontend, its templates dialog closed; ``page.problems`` collects errors and warnings."""
+    contexts = []
+
+    def opened(address):
+        contexts.append(browser.new_context(viewport={"width": 1600, "height": 900}))
+        tab = contexts[-1].new_page()
+        tab.problems = []
+        tab.on("console", lambda m: tab.problems.append(f"{m.text} {m.location.get('url')}") if is_problem(m) else None)
+        tab.on("pageerror", lambda e: tab.problems.append(f"{e} {e.stack}"))
+        tab.goto(address)
+        tab.wait_for_function("() => window.app?.graph && window.app.extensionManager", timeout=60_000)
+        tab.wait_for_timeout(1500)
+        tab.keyboard.press("Escape")
+        return tab
+
+    yield opened
+    for context in contexts:
+        context.close()
+
+
+def is_problem(message):
+    return message.type in ("error", "warning")
+
+
 @pytest.fixture
-def page(server, browser):
-    """A fresh frontend, its templates dialog closed; ``page.console`` collects errors and warnings."""
-    context = browser.new_context(viewport={"width": 1600, "height": 900})
-    tab = context.new_page()
-    tab.problems = []
-    tab.on("console", lambda m: tab.problems.append(m.text) if m.type in ("error", "warning") else None)
-    tab.on("pageerror", lambda e: tab.problems.append(str(e)))
-    tab.goto(server.address)
-    tab.wait_for_function("() => window.app?.graph && window.app.extensionManager", timeout=60_000)
-    tab.wait_for_timeout(1500)
-    tab.keyboard.press("Escape")
+def page(server, new_page):
+    """A frontend for one test."""
+    tab = new_page(server.address)
     yield tab
-    context.close()
+    tab.context.close()

@@ -1,0 +1,123 @@
+// What can go wrong with VSF in a workflow without an error. Rules only look; nothing is blocked.
+
+import { isConnected, places, same, upstream, valueOf } from "./graph.js";
+
+export const PATCH = "VSFModelPatch";
+export const NEGATIVE = "VSFNegativeConditioning";
+
+const HIGHEST_CFG = 2;
+/** Types of ComfyUI's text encoder loaders that make the encoder of a supported model. */
+const ENCODERS = new Set(["sd3", "flux", "wan"]);
+/** Loaders of models that VSF refuses: SVD, unCLIP, and those whose attention runs outside ComfyUI. */
+const REFUSED = /^(ImageOnlyCheckpointLoader|unCLIPCheckpointLoader|Nunchaku.*Loader)$/;
+/** Nodes that keep only the other conditioning's extras, VSF's negative among them. */
+const DROPS = new Set(["ConditioningAverage", "ConditioningConcat"]);
+
+/**
+ * @typedef {import("./graph.js").Place} Place
+ * @typedef {{node: any, key: string, values?: Record<string, unknown>}} Finding a message's key, for a node
+ */
+
+/**
+ * A node that takes a model and conditioning to use them: a sampler or a guider.
+ * @param {any} node
+ */
+export function isSampler(node) {
+  const has = (slots, type) => (slots ?? []).some((slot) => slot.type === type);
+  return has(node.inputs, "MODEL") && has(node.inputs, "CONDITIONING") && !has(node.outputs, "MODEL");
+}
+
+/**
+ * The name of a sampler's model input, and those of the conditionings that it draws towards.
+ * @param {any} node
+ * @returns {{model: string, positives: string[]}}
+ */
+export function samplerInputs(node) {
+  const names = (type) => node.inputs.filter((input) => input.type === type).map((input) => input.name);
+  return { model: names("MODEL")[0], positives: names("CONDITIONING").filter((name) => name !== "negative") };
+}
+
+/**
+ * Whether a rule can ever have something to say on this node.
+ * @param {any} node
+ */
+export function canHaveBadge(node) {
+  const type = String(node.comfyClass);
+  return [PATCH, NEGATIVE].includes(type) || DROPS.has(type) || /CLIPLoader/.test(type) || REFUSED.test(type) || isSampler(node);
+}
+
+const kept = (node, input) => !(DROPS.has(node.comfyClass) && input.name === "conditioning_from");
+const ofClass = (found, name) => found.filter((place) => place.node.comfyClass === name);
+
+/**
+ * Everything worth a badge.
+ * @param {any} graph the workflow's outermost graph
+ * @returns {Finding[]}
+ */
+export function findings(graph) {
+  const all = [...places(graph)];
+  const patches = ofClass(all, PATCH);
+  const negatives = ofClass(all, NEGATIVE);
+  if (!patches.length && !negatives.length) return [];
+  const uses = all.filter((place) => isSampler(place.node)).map(useOf);
+  return [
+    ...unmet(negatives, uses, "negatives", "patches", "unpatched"),
+    ...unmet(patches, uses, "patches", "negatives", "noNegative"),
+    ...negatives.filter(isEmpty).map(({ node }) => ({ node, key: "empty" })),
+    ...uses.flatMap(highCfg),
+    ...all.filter(({ node }) => DROPS.has(node.comfyClass)).flatMap(dropped),
+    ...patches.flatMap(refusedLoader),
+    ...negatives.flatMap(unknownEncoder),
+  ];
+}
+
+/** What reaches a sampler. */
+function useOf(place) {
+  const { model, positives } = samplerInputs(place.node);
+  return {
+    place,
+    patches: ofClass(upstream(place, model), PATCH),
+    negatives: positives.flatMap((name) => ofClass(upstream(place, name, kept), NEGATIVE)),
+  };
+}
+
+/** Those that reach samplers, but none that has what they need. */
+function unmet(nodes, uses, own, needed, key) {
+  const met = new Set();
+  const reaching = new Set();
+  for (const place of nodes) {
+    const mine = uses.filter((use) => use[own].some((one) => same(one, place)));
+    if (mine.length) reaching.add(place.node);
+    if (mine.some((use) => use[needed].length)) met.add(place.node);
+  }
+  return [...reaching].filter((node) => !met.has(node)).map((node) => ({ node, key }));
+}
+
+function isEmpty(place) {
+  const text = valueOf(place, "text");
+  return typeof text === "string" && !text.trim() && !isConnected(place, "negative");
+}
+
+function highCfg({ place, patches, negatives }) {
+  const cfg = valueOf(place, "cfg");
+  const burns = patches.length && negatives.length && typeof cfg === "number" && cfg > HIGHEST_CFG;
+  return burns ? [{ node: place.node, key: "cfg", values: { cfg } }] : [];
+}
+
+function dropped(place) {
+  const lost = ofClass(upstream(place, "conditioning_from", kept), NEGATIVE);
+  return lost.length ? [{ node: place.node, key: "dropped" }] : [];
+}
+
+function refusedLoader(patch) {
+  const loaders = upstream(patch, "model").filter(({ node }) => REFUSED.test(node.comfyClass));
+  return loaders.map(({ node }) => ({ node, key: "loader" }));
+}
+
+function unknownEncoder(negative) {
+  return upstream(negative, "clip").flatMap((place) => {
+    const type = place.node.comfyClass === "QuadrupleCLIPLoader" ? "hidream" : valueOf(place, "type");
+    const isLoader = /CLIPLoader/.test(place.node.comfyClass) && typeof type === "string";
+    return isLoader && !ENCODERS.has(type) ? [{ node: place.node, key: "encoder", values: { type } }] : [];
+  });
+}

@@ -1,0 +1,115 @@
+"""Draws the pictures that ship: a thumbnail beside each workflow, and the help page's comparison of presets.
+
+    VSF_COMFYUI=... PYTHONPATH=tests python tests/bench/pictures.py
+
+All from the trained toys through the pack's real nodes, and marked as toys.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import sampling  # noqa: E402
+from sampling import ROOT, Case, Toy  # noqa: E402
+
+THUMBNAILS = {
+    "vsf_tiny_demo": ("sd3", "house", "roof"),
+    "vsf_sd35_large_turbo_text_to_image": ("sd3", "car", "wheels"),
+    "vsf_flux_schnell_text_to_image": ("flux", "snowman", "hat"),
+    "vsf_flux_kontext_edit": ("flux", "tree", "apples"),
+    "vsf_wan21_t2v_1_3b_causvid": ("wan", "cake", "candles"),
+    "vsf_wan22_i2v_14b_lightx2v": ("wan", "boat", "flag"),
+    "vsf_wan22_t2v_14b_lightx2v": ("wan", "clock", "bells"),
+}
+"""Of each workflow: the toy's family, the object, and the part that goes."""
+
+TRIES, LEAST_QUALITY = 24, 0.93
+PRESETS = {
+    "no negative": None,
+    "Quality 3.3 / 0.2": ("vsf", 3.3),
+    "Strong 3.8 / 0.2": ("vsf", 3.8),
+    "Quality, released": ("vsf released", 3.3),
+    "Strong, released": ("vsf released", 3.8),
+}
+COMPARED = (("house", "roof"), ("car", "wheels"), ("snowman", "hat"))
+SEEDS = (1, 2)
+SIDE, GAP, INK, PAPER = 96, 6, (40, 40, 40), (250, 250, 248)
+
+
+def main() -> None:
+    sampling.open_comfyui()
+    toys = {family: Toy(family) for family in sampling.FAMILIES}
+    for name, (family, thing, part) in THUMBNAILS.items():
+        before, after = telling_pair(toys[family], thing, part)
+        thumbnail(before, after, f"a {thing}, not: {part}").save(ROOT / "workflows" / f"{name}.jpg", quality=88)
+    compare(toys["sd3"]).save(ROOT / "js" / "docs" / "presets.png", optimize=True)
+
+
+def telling_pair(toy: Toy, thing: str, part: str) -> tuple[Image.Image, Image.Image]:
+    """Without and with the negative, of the first seed where it works: thumbnails say what it does, not how often."""
+    for seed in range(TRIES):
+        without, with_ = (
+            drawn(toy, thing, part, method, scale, seed)
+            for method, scale in (("none", 0.0), ("vsf", 2.0 if toy.family == "wan" else 3.3))
+        )
+        (had, has) = (sampling.score(one, Case(thing, part, f"a {thing}", "")) for one in (without, with_))
+        if not had.negative[0] and has.negative[0] and has.positive[0] and has.quality[0] >= LEAST_QUALITY:
+            return shown(without[0]), shown(with_[0])
+    raise RuntimeError(f"{toy.family}: no seed takes {part} from {thing}")
+
+
+def drawn(toy: Toy, thing: str, part: str, method: str, scale: float, seed: int) -> np.ndarray:
+    """One sample with its batch dimension."""
+    settings = {"scale": scale, "offset": 0.2} if method != "none" else {}
+    return toy.pictures(Case(thing, part, f"a {thing}", ""), method, settings, [seed])
+
+
+def shown(sample: np.ndarray) -> Image.Image:
+    """A picture; of a clip, the frame in its middle."""
+    frame = sample if sample.ndim == 3 else sample[:, sample.shape[1] // 2]
+    return Image.fromarray((frame.transpose(1, 2, 0).clip(0, 1) * 255).round().astype(np.uint8))
+
+
+def thumbnail(before: Image.Image, after: Image.Image, caption: str) -> Image.Image:
+    """Both side by side with a caption, 448 x 256."""
+    sheet = Image.new("RGB", (448, 256), PAPER)
+    for x, picture in ((8, before), (228, after)):
+        sheet.paste(picture.resize((212, 212), Image.Resampling.NEAREST), (x, 8))
+    write(sheet, (8, 226), f"{caption}  (toy)", 18)
+    return sheet
+
+
+def compare(toy: Toy) -> Image.Image:
+    """A row for each object and seed, a column for each preset."""
+    rows = [(thing, part, seed) for thing, part in COMPARED for seed in SEEDS]
+    left, top = 132, 26
+    sheet = Image.new("RGB", (left + len(PRESETS) * (SIDE + GAP + 30), top + len(rows) * (SIDE + GAP) + 20), PAPER)
+    for x, label in enumerate(PRESETS):
+        write(sheet, (left + x * (SIDE + GAP + 30), 6), label, 13)
+    for y, (thing, part, seed) in enumerate(rows):
+        at = top + y * (SIDE + GAP)
+        if seed == SEEDS[0]:
+            write(sheet, (6, at + SIDE // 2 - 16), f"a {thing}", 13)
+            write(sheet, (6, at + SIDE // 2), f"not: {part}", 13)
+        for x, choice in enumerate(PRESETS.values()):
+            method, scale = choice or ("none", 0.0)
+            picture = shown(drawn(toy, thing, part, method, scale, seed)[0])
+            small = picture.resize((SIDE, SIDE), Image.Resampling.NEAREST)
+            sheet.paste(small, (left + x * (SIDE + GAP + 30), at))
+    write(
+        sheet, (6, sheet.height - 18), "A toy of 4 million parameters, 32 x 32 pixels: not what a real model draws.", 12
+    )
+    return sheet.quantize(128).convert("P")
+
+
+def write(sheet: Image.Image, at: Sequence[int], text: str, size: int) -> None:
+    ImageDraw.Draw(sheet).text((at[0], at[1]), text, fill=INK, font=ImageFont.load_default(size))
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,7 @@ from typing import Any
 import comfy.ldm.modules.attention as comfy_attention
 import torch
 import torch.nn.functional as F
+from comfy.model_management import InterruptProcessingException
 from torch import Tensor
 
 from ..vsf_core import LSEAttention, lse_attention
@@ -20,6 +21,8 @@ LIBRARIES = {
     "attention_xformers": "xformers",
 }
 """ComfyUI's attention functions whose library can return the log-sum-exp (``vsf_core.lse_attention``)."""
+
+TRIAL_TOKENS = 64
 
 
 class HostAttention:
@@ -106,7 +109,7 @@ class Backend:
 def choose_backend(options: Mapping[str, Any], device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
     """The backend for a forward pass with these ``transformer_options``. Raises ``RuntimeError`` if there is none."""
     g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 2, 64, head_dim, generator=g).to(device, dtype) for _ in range(3))
+    q, k, v = (torch.randn(1, 2, TRIAL_TOKENS, head_dim, generator=g).to(device, dtype) for _ in range(3))
     func = comfy_attention.optimized_attention
     func = getattr(func, "__wrapped__", func)
     options = {"block_index": 0, **options}
@@ -134,6 +137,8 @@ def _heeds_masks(host: HostAttention) -> bool:
     mask[..., k.shape[2] // 2 :] = -torch.inf
     try:
         out = host.black_box(q, k, v, mask)
+    except InterruptProcessingException:
+        raise
     except Exception:
         return True
     masked, unmasked = (_sdpa(q, k, v, m, host.scale) for m in (mask, None))

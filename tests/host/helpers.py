@@ -61,12 +61,18 @@ def relative(a, b):
     return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
 
 
+def is_trial(k, kw):
+    """Whether an override is only being asked, at the start of a run, whether it heeds masks."""
+    return kw.get("skip_reshape", False) and k.shape[1:3] == (2, 64)
+
+
 def spy_override(seen, inner=None):
     """An ``optimized_attention_override`` like those of other packs: notes each call's key length, then runs ``inner``
     (default: the host's attention)."""
 
     def override(func, q, k, v, heads, **kw):
-        seen.append(k.shape[2 if kw.get("skip_reshape") else 1])
+        if not is_trial(k, kw):
+            seen.append(k.shape[2 if kw.get("skip_reshape") else 1])
         return (inner or func)(q, k, v, heads, **kw)
 
     return override

@@ -125,6 +125,7 @@ def test_a_run_without_a_negative_is_black(pack):
     attached = pack.negative(conditioning(), negative=[[text(5, 5), {}]])
     sample(recorded, attached, batch=2)
     heat, overlay, summary = show(pack, holder, image, steps="each")
+    assert torch.equal(show(pack, holder, image, steps="each", opacity=0.0)[1], image.repeat(3, 1, 1, 1))
     assert heat.shape[0] == 6 and heat.max() > 0.9 and "acted in 3 of 3 steps" in summary
 
 

@@ -314,7 +314,7 @@ def test_presets_set_the_numbers_that_are_sent(demo, shot):
 
 
 def test_preset_is_chosen_with_the_mouse(demo):
-    """The one that ends in undo: choosing is one step, and undoing it shows the old preset."""
+    """In the widget that each renderer draws."""
     demo.evaluate(
         "() => { const n = t.one('VSFModelPatch'); app.canvas.ds.offset = [500 - n.pos[0], 150 - n.pos[1]]; "
         "app.canvas.ds.scale = 1; app.canvas.setDirty(true, true) }"

@@ -20,10 +20,10 @@ from sampling import ROOT, Case, Toy  # noqa: E402
 THUMBNAILS = {
     "vsf_tiny_demo": ("sd3", "house", "roof"),
     "vsf_sd35_large_turbo_text_to_image": ("sd3", "car", "wheels"),
-    "vsf_flux_schnell_text_to_image": ("flux", "snowman", "hat"),
+    "vsf_flux_schnell_text_to_image": ("flux", "house", "roof"),
     "vsf_flux_kontext_edit": ("flux", "tree", "apples"),
     "vsf_wan21_t2v_1_3b_causvid": ("wan", "cake", "candles"),
-    "vsf_wan22_i2v_14b_lightx2v": ("wan", "boat", "flag"),
+    "vsf_wan22_i2v_14b_lightx2v": ("wan", "cake", "cherry"),
     "vsf_wan22_t2v_14b_lightx2v": ("wan", "clock", "bells"),
 }
 """Of each workflow: the toy's family, the object, and the part that goes."""

@@ -106,6 +106,8 @@ def test_badges_appear_and_go(demo, shot):
     badges_become(demo, {"VSFNegativeConditioning": UNPATCHED})
     edit(demo, "t.one('VSFModelPatch').mode = 0; t.one('VSFNegativeConditioning').mode = 4")
     badges_become(demo, {"VSFModelPatch": NO_NEGATIVE})
+    edit(demo, "t.one('VSFNegativeConditioning').mode = 0")
+    badges_become(demo, {})
     edit(demo, "t.one('VSFNegativeConditioning').mode = 2")  # muted: the sampler gets nothing at all
     badges_become(demo, {"VSFModelPatch": NO_NEGATIVE})
     edit(demo, "t.one('VSFNegativeConditioning').mode = 0; t.widget('VSFNegativeConditioning', 'text').value = ' '")
@@ -126,7 +128,9 @@ def test_badges_see_through_links_and_subgraphs(demo, shot):
     edit(
         demo,
         """const r = t.add("Reroute"); t.link("VSFModelPatch", 0, "Reroute", ""); r.connect(0, t.one("KSampler"), 0);
-        t.add("PrimitiveFloat", 900).widgets[0].value = 7; t.link("PrimitiveFloat", 0, "KSampler", "cfg")""",
+        t.add("PrimitiveFloat", 900).widgets[0].value = 7;
+        const v = t.add("Reroute", 1200); t.one("PrimitiveFloat").connect(0, v, 0);
+        v.connect(0, t.one("KSampler"), t.one("KSampler").inputs.findIndex(i => i.name === "cfg"))""",
     )
     badges_become(demo, {"KSampler": CFG_7})
     edit(
@@ -310,7 +314,7 @@ def test_presets_set_the_numbers_that_are_sent(demo, shot):
 
 
 def test_preset_is_chosen_with_the_mouse(demo):
-    """The one that ends in undo: choosing is one step, and undoing it shows the old preset."""
+    """In the widget that each renderer draws."""
     demo.evaluate(
         "() => { const n = t.one('VSFModelPatch'); app.canvas.ds.offset = [500 - n.pos[0], 150 - n.pos[1]]; "
         "app.canvas.ds.scale = 1; app.canvas.setDirty(true, true) }"

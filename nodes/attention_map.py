@@ -60,7 +60,9 @@ class VSFAttentionMap(io.ComfyNode):
             outputs=[
                 io.Image.Output(display_name="heat map", tooltip="The colours alone: black is 0, yellow the most."),
                 io.Image.Output(display_name="overlay", tooltip="The heat map laid over the picture."),
-                io.String.Output(display_name="summary", tooltip="The peak, the mean, and where the colours end."),
+                io.String.Output(
+                    display_name="summary", tooltip="The peak, the mean, and the steps in which the negative acted."
+                ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )

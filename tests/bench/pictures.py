@@ -1,15 +1,17 @@
 """Draws the pictures that ship: a thumbnail beside each workflow, and the help page's comparison of presets.
 
-    VSF_COMFYUI=... PYTHONPATH=tests python tests/bench/pictures.py
+    VSF_COMFYUI=... PYTHONPATH=tests python tests/bench/pictures.py [WORKFLOW | presets ...]
 
 All from the trained toys through the pack's real nodes, and marked as toys.
 """
 
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -28,6 +30,10 @@ THUMBNAILS = {
 }
 """Of each workflow: the toy's family, the object, and the part that goes."""
 
+SWEEP = "vsf_scale_sweep_sd35_large_turbo"
+SWEPT = (("house", "roof"), ("car", "wheels"))
+SCALES = "0, 1, 2, 3, 4"
+
 TRIES, LEAST_QUALITY = 24, 0.93
 PRESETS = {
     "no negative": None,
@@ -42,12 +48,20 @@ SIDE, GAP, INK, PAPER = 96, 6, (40, 40, 40), (250, 250, 248)
 
 
 def main() -> None:
+    every = (*THUMBNAILS, SWEEP, "presets")
+    wanted = sys.argv[1:] or every
+    if unknown := sorted(set(wanted) - set(every)):
+        sys.exit(f"no such picture: {', '.join(unknown)}; there are {', '.join(every)}")
     sampling.open_comfyui()
-    toys = {family: Toy(family) for family in sampling.FAMILIES}
+    toy = cache(Toy)
     for name, (family, thing, part) in THUMBNAILS.items():
-        before, after = telling_pair(toys[family], thing, part)
-        thumbnail(before, after, f"a {thing}, not: {part}").save(ROOT / "workflows" / f"{name}.jpg", quality=88)
-    compare(toys["sd3"]).save(ROOT / "js" / "docs" / "presets.png", optimize=True)
+        if name in wanted:
+            before, after = telling_pair(toy(family), thing, part)
+            thumbnail(before, after, f"a {thing}, not: {part}").save(ROOT / "workflows" / f"{name}.jpg", quality=88)
+    if SWEEP in wanted:
+        sweeps(toy("sd3")).save(ROOT / "workflows" / f"{SWEEP}.jpg", quality=88)
+    if "presets" in wanted:
+        compare(toy("sd3")).save(ROOT / "js" / "docs" / "presets.png", optimize=True)
 
 
 def telling_pair(toy: Toy, thing: str, part: str) -> tuple[Image.Image, Image.Image]:
@@ -82,6 +96,36 @@ def thumbnail(before: Image.Image, after: Image.Image, caption: str) -> Image.Im
         sheet.paste(picture.resize((212, 212), Image.Resampling.NEAREST), (x, 8))
     write(sheet, (8, 226), f"{caption}  (toy)", 18)
     return sheet
+
+
+def sweeps(toy: Toy) -> Image.Image:
+    """A row for each run of the sweep: its pictures and labels, by the pack's nodes; 448 x 256."""
+    runs = [telling_sweep(toy, thing, part) for thing, part in SWEPT]
+    cells = np.concatenate([pictures for pictures, _ in runs]).transpose(0, 2, 3, 1)
+    big = [Image.fromarray((c.clip(0, 1) * 255).round().astype(np.uint8)).resize((80, 80), 0) for c in cells]
+    images = torch.from_numpy(np.stack([np.asarray(one) for one in big])).float() / 255
+    labels = "\n".join(lines for _, lines in runs)
+    made = toy.pack["VSFContactSheet"].execute(images=images, labels=labels, columns=5).result[0][0]
+    rows = Image.fromarray((made * 255).round().byte().numpy())
+    sheet = Image.new("RGB", (448, 256), "white")
+    sheet.paste(rows, (0, 0))
+    write(sheet, (8, 226), "; ".join(f"a {thing}, not: {part}" for thing, part in SWEPT) + "  (toy)", 18)
+    return sheet
+
+
+def telling_sweep(toy: Toy, thing: str, part: str) -> tuple[np.ndarray, str]:
+    """A run of VSF Scale Sweep and its labels, of the first seed where the part goes on the way to the last scale."""
+    case = Case(thing, part, f"a {thing}", "")
+    latent = {"samples": torch.zeros(1, 16, 32, 32)}
+    sweep = toy.pack["VSFScaleSweep"].execute
+    model, latents, labels = sweep(model=toy.patched(offset=0.2), latent=latent, scales=SCALES).result
+    for seed in range(TRIES):
+        pictures = toy.swept(case, model, seed, len(latents["samples"]))
+        found = sampling.score(pictures, case)
+        goes = not found.negative[0] and all(found.negative[-2:])
+        if goes and all(found.positive) and min(found.quality) >= LEAST_QUALITY:
+            return pictures, labels
+    raise RuntimeError(f"{toy.family}: no seed takes {part} from {thing} on the way")
 
 
 def compare(toy: Toy) -> Image.Image:

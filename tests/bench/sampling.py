@@ -97,11 +97,18 @@ class Toy:
 
     def pictures(self, case: Case, method: str, settings: Mapping[str, Any], seeds: Sequence[int]) -> np.ndarray:
         """Samples [n, 3, 32, 32] (Wan: clips [n, 3, frames, 32, 32]) in 0..1, one a seed, through ComfyUI's sampler."""
-        import codec
-
         run = {"steps": 8, "cfg": 1.0, **settings}
         model, positive, negative = self._prepare(case, method, settings)
-        latents = self._sample(model, positive, negative, seeds, run["steps"], run["cfg"])
+        return self._decoded(self._sample(model, positive, negative, seeds, run["steps"], run["cfg"]))
+
+    def swept(self, case: Case, model: Any, seed: int, count: int) -> np.ndarray:
+        """Samples of one seed with a model of VSF Scale Sweep, one for each of its ``count`` scales."""
+        positive = self.attach(case.caption, case.negative)
+        return self._decoded(self._sample(model, positive, self.encode(""), [seed] * count, 8, 1.0))
+
+    def _decoded(self, latents: Tensor) -> np.ndarray:
+        import codec
+
         decode = codec.decode_wan if self.family == "wan" else codec.decode
         return decode(self.model.model.latent_format.process_in(latents)).numpy()
 

@@ -362,7 +362,9 @@ class VSFPatch:
         result = executor(x, t, c_concat, context, control, options, **kwargs)
         self._check_reached(run, forward, compiled)
         if forward.shares is not None:
-            self._hand_over(forward, x, self.family.reference_tokens(conds, diffusion_model)[0], transformer_options)
+            self._hand_over(
+                forward, forward.shares, x, self.family.reference_tokens(conds, diffusion_model)[0], transformer_options
+            )
         return result
 
     def _backend(self, run: Run, options: dict, device: torch.device, model: Any) -> Backend:
@@ -406,9 +408,8 @@ class VSFPatch:
         tokens = self.family.grid(latent) + sum(self.family.reference_tokens(conds, diffusion_model))
         return torch.zeros(len(LAYERS), latent.shape[0], tokens, device=latent.device)
 
-    def _hand_over(self, forward: Forward, latent: Tensor, before: int, options: dict) -> None:
+    def _hand_over(self, forward: Forward, shares: Tensor, latent: Tensor, before: int, options: dict) -> None:
         """After a forward pass: the image's own shares, without those of reference tokens, to VSF Record."""
-        assert forward.shares is not None
         run, counts = forward.run, torch.zeros(len(LAYERS))
         for position, block in enumerate(run.blocks):
             reached, noted = forward.reached[1:, position].tolist()
@@ -421,7 +422,7 @@ class VSFPatch:
                         "VSF Record."
                     )
         window = _context_window(run, latent, {"transformer_options": options})
-        shares = forward.shares[:, :, before : before + self.family.grid(latent)]
+        shares = shares[:, :, before : before + self.family.grid(latent)]
         options[RECORD_KEY].add(shares, counts, latent.shape, window and window[1], options)
 
     def _image_bias(self, bias: Tensor, mask: Tensor | None, latent: Tensor, references: tuple[int, int]) -> Tensor:

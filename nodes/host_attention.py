@@ -8,7 +8,7 @@ from typing import Any
 import comfy.ldm.modules.attention as comfy_attention
 import torch
 import torch.nn.functional as F
-from comfy.model_management import InterruptProcessingException
+from comfy.model_management import OOM_EXCEPTION, InterruptProcessingException
 from torch import Tensor
 
 from ..vsf_core import LSEAttention, lse_attention
@@ -137,7 +137,7 @@ def _heeds_masks(host: HostAttention) -> bool:
     mask[..., k.shape[2] // 2 :] = -torch.inf
     try:
         out = host.black_box(q, k, v, mask)
-    except InterruptProcessingException:
+    except (InterruptProcessingException, OOM_EXCEPTION):
         raise
     except Exception:
         return True

@@ -241,7 +241,7 @@ def test_nothing_is_computed_without_the_node(pack, models):
         model = with_override(pack.patch(models["sd3"]), spy_override(calls))
         sample(record(pack, model)[0] if recorded else model, attached, steps=2)
     assert len(seen[True]) - len(seen[False]) == 2 * 3
-    assert len(seen[False]) == 2 * 3 * 3 + 1  # image, P and N0 in each block and step; the probe of a run
+    assert len(seen[False]) == 2 * 3 * 3  # image, P and N0 in each block and step
 
 
 @pytest.mark.parametrize("tokens", [1, 40])

@@ -41,7 +41,8 @@ def test_python(path):
 
 @pytest.mark.parametrize("path", list(ROOT.glob("js/**/*.js")), ids=lambda path: path.name)
 def test_scripts(path):
-    assert not re.findall(IN_SCRIPTS, path.read_text(encoding="utf-8"))
+    code = re.sub(r"^\s*(//|/?\*).*", "", path.read_text(encoding="utf-8"), flags=re.M)  # JSDoc's types say import(...)
+    assert not re.findall(IN_SCRIPTS, code)
 
 
 @pytest.mark.parametrize(

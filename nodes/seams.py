@@ -348,23 +348,19 @@ class VSFPatch:
         # N0 goes before P: text has no order here, and what is left of the sequence is then one contiguous view.
         copy = [tokens] if self._released is not None and self._released.copy else []
         context = torch.cat([tokens, c_crossattn, *copy], dim=1)
-        forward = self._forward(run, ours, context.shape[1], x, kwargs, backend, diffusion_model)
-        if RECORD_KEY in transformer_options:
-            forward.shares = self._no_shares(x, kwargs, diffusion_model)
+        references = self.family.reference_tokens(kwargs, diffusion_model)
+        forward = self._forward(run, ours, context.shape[1], x, references, backend, RECORD_KEY in transformer_options)
         if kwargs.get("attention_mask") is not None:
             kwargs["attention_mask"] = _grown_mask(kwargs["attention_mask"], tokens.shape[1])
         if "pooled" in ours and (weight := self.family.released.pooled) is not None:
             kwargs["y"] = _mixed_pooled(kwargs["y"], ours["pooled"][:, 0], weight)
         options = self._patched_options(transformer_options, forward)
-        conds = kwargs
         if compiled:
             control, kwargs = told_apart(PREFIX + forward.signature(), len(run.blocks), control, kwargs)
         result = executor(x, t, c_concat, context, control, options, **kwargs)
         self._check_reached(run, forward, compiled)
         if forward.shares is not None:
-            self._hand_over(
-                forward, forward.shares, x, self.family.reference_tokens(conds, diffusion_model)[0], transformer_options
-            )
+            self._hand_over(forward, forward.shares, x, references[0], transformer_options)
         return result
 
     def _backend(self, run: Run, options: dict, device: torch.device, model: Any) -> Backend:
@@ -381,13 +377,20 @@ class VSFPatch:
         return run.backends[override]
 
     def _forward(
-        self, run: Run, ours: dict, text: int, latent: Tensor, conds: dict, backend: Backend, diffusion_model: Any
+        self,
+        run: Run,
+        ours: dict,
+        text: int,
+        latent: Tensor,
+        references: tuple[int, int],
+        backend: Backend,
+        recorded: bool,
     ) -> Forward:
         bias, length = ours["bias"].float(), ours["tokens"].shape[1]
         is_padding = torch.isinf(bias[:, 0])
-        references = self.family.reference_tokens(conds, diffusion_model)
         image_bias = self._image_bias(bias, ours.get("mask"), latent, references)
         all_selected = len(run.selected) == len(run.blocks)
+        shape = len(LAYERS), latent.shape[0], self.family.grid(latent) + sum(references)
         return Forward(
             family=self.family,
             run=run,
@@ -401,12 +404,8 @@ class VSFPatch:
             backend=backend,
             text=text,
             reached=torch.zeros(3, len(run.blocks), dtype=torch.int32),
-            shares=None,
+            shares=torch.zeros(shape, device=latent.device) if recorded else None,
         )
-
-    def _no_shares(self, latent: Tensor, conds: dict, diffusion_model: Any) -> Tensor:
-        tokens = self.family.grid(latent) + sum(self.family.reference_tokens(conds, diffusion_model))
-        return torch.zeros(len(LAYERS), latent.shape[0], tokens, device=latent.device)
 
     def _hand_over(self, forward: Forward, shares: Tensor, latent: Tensor, before: int, options: dict) -> None:
         """After a forward pass: the image's own shares, without those of reference tokens, to VSF Record."""

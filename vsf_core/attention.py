@@ -54,49 +54,34 @@ def merge_negative_(
     merge_rows = _merge_uniform_ if bias.shape[-1] == 1 else _merge_per_token_
     for rows in _row_chunks(z, k_neg.shape[2]):
         beta = bias[:, :, rows] if bias.shape[2] > 1 else bias
-        part = None if share is None else share[:, rows]
-        merge_rows(z[:, :, rows], lse[:, :, rows, None], q[:, :, rows], k_neg, flipped, beta, attend, scale, part)
+        weight = merge_rows(z[:, :, rows], lse[:, :, rows, None], q[:, :, rows], k_neg, flipped, beta, attend, scale)
+        if share is not None:
+            share[:, rows] += weight.sum(dim=-1).mean(dim=1)
     return z
 
 
 def _merge_uniform_(
-    z: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
-    attend: LSEAttention,
-    scale: float | None,
-    share: Tensor | None,
-) -> None:
+    z: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, attend: LSEAttention, scale: float | None
+) -> Tensor:
+    """Returns the weight on the negative, [B, H, rows, 1]."""
     z_neg, lse_neg = attend(q, k, v, scale)
     margin = lse - lse_neg[..., None] + bias
     negative = torch.sigmoid(-margin)
     z.mul_(torch.sigmoid(margin)).addcmul_(z_neg, negative)  # weights stay fp32, one rounding each
-    if share is not None:
-        share += negative[..., 0].mean(dim=1)
+    return negative
 
 
 def _merge_per_token_(
-    z: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
-    attend: LSEAttention,
-    scale: float | None,
-    share: Tensor | None,
-) -> None:
+    z: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, attend: LSEAttention, scale: float | None
+) -> Tensor:
+    """Returns the weight on each negative token, [B, H, rows, N]."""
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     # fp32 logits: at +-50 a bf16 logit is off by 0.2
     logits = torch.matmul(q.float() * factor, k.float().transpose(-1, -2)) - bias
     total = torch.logaddexp(lse, torch.logsumexp(logits, dim=-1, keepdim=True))
     negative = torch.exp(logits - total)
     z.mul_(torch.exp(lse - total)).add_(torch.matmul(negative, v.float()))
-    if share is not None:
-        share += negative.sum(dim=-1).mean(dim=1)
+    return negative
 
 
 def _row_chunks(z: Tensor, negative: int) -> Iterator[slice]:

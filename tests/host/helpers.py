@@ -120,3 +120,26 @@ def compare(pack, family, apply=lambda m: m, order="theirs first", model=None, *
         run(family, oracle_model(m, expects)[0], positive, **kw) for m in (apply(model.clone()), model)
     )
     return result, expected, without
+
+
+def windowed(model):
+    """A clone that samples a video in ComfyUI's own context windows, of 4 latent frames with 2 shared."""
+    from comfy.context_windows import (
+        ContextFuseMethods,
+        ContextSchedules,
+        IndexListContextHandler,
+        create_prepare_sampling_wrapper,
+        get_matching_context_schedule,
+        get_matching_fuse_method,
+    )
+
+    m = model.clone()
+    m.model_options["context_handler"] = IndexListContextHandler(
+        context_schedule=get_matching_context_schedule(ContextSchedules.STATIC_STANDARD),
+        fuse_method=get_matching_fuse_method(ContextFuseMethods.PYRAMID),
+        context_length=4,
+        context_overlap=2,
+        dim=2,
+    )
+    create_prepare_sampling_wrapper(m)
+    return m

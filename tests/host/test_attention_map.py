@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import conditioning, load_flux, load_sd3, load_wan, sample, spy_override, text, with_override
+from helpers import conditioning, load_flux, load_sd3, load_wan, sample, spy_override, text, windowed, with_override
 from oracle import Expect, oracle_model
 
 LAYERS = ("early", "middle", "late")
@@ -184,29 +184,8 @@ def test_a_sampler_that_looks_twice_a_step(pack, models):
 
 def test_context_windows(pack, models):
     """Each frame's map is the mean over the windows that showed it."""
-    from comfy.context_windows import (
-        ContextFuseMethods,
-        ContextSchedules,
-        IndexListContextHandler,
-        create_prepare_sampling_wrapper,
-        get_matching_context_schedule,
-        get_matching_fuse_method,
-    )
-
     model, positive, size = models["wan"], prompt("wan"), (8, 8, 10)
     windows = ([0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 6, 7])
-
-    def windowed(m):
-        m = m.clone()
-        m.model_options["context_handler"] = IndexListContextHandler(
-            context_schedule=get_matching_context_schedule(ContextSchedules.STATIC_STANDARD),
-            fuse_method=get_matching_fuse_method(ContextFuseMethods.PYRAMID),
-            context_length=4,
-            context_overlap=2,
-            dim=2,
-        )
-        create_prepare_sampling_wrapper(m)
-        return m
 
     oracle, seen = oracle_model(model, [Expect(positive[0][0], negative("wan"), 3.3, 0.2)])
     sample(windowed(oracle), positive, size=size, steps=1)

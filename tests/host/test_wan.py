@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import comfy.model_base
 import pytest
 import torch
-from helpers import conditioning, load_wan, relative, sample, spy_override, text, with_override
+from helpers import conditioning, load_wan, relative, sample, spy_override, text, windowed, with_override
 from oracle import Expect, oracle_model
 
 KINDS = ("t2v", "i2v", "vace", "5b", "control", "camera", "camera_2.2")
@@ -211,27 +211,6 @@ def test_off(pack, models, kind, cfg):
 @pytest.mark.parametrize("order", ["windows first", "vsf first"])
 def test_context_windows(pack, t2v, masked, order):
     """ComfyUI's own context windows; a frame window means the whole video, not the window at hand."""
-    from comfy.context_windows import (
-        ContextFuseMethods,
-        ContextSchedules,
-        IndexListContextHandler,
-        create_prepare_sampling_wrapper,
-        get_matching_context_schedule,
-        get_matching_fuse_method,
-    )
-
-    def windowed(model):
-        m = model.clone()
-        m.model_options["context_handler"] = IndexListContextHandler(
-            context_schedule=get_matching_context_schedule(ContextSchedules.STATIC_STANDARD),
-            fuse_method=get_matching_fuse_method(ContextFuseMethods.PYRAMID),
-            context_length=4,
-            context_overlap=2,
-            dim=2,
-        )
-        create_prepare_sampling_wrapper(m)
-        return m
-
     positive, negative, size = prompt(), text(5, 5, WIDTH), (8, 8, 10)
     node = {"from_frame": 0.5} if masked else {}
     attached = pack.negative(positive, negative=[[negative, {}]], **node)

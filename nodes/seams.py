@@ -455,10 +455,10 @@ class VSFPatch:
         if self.family.cross:  # for the whole forward: VACE's blocks run outside the block patches
             options = {**options, OVERRIDE: partial(_cross_override, options.get(OVERRIDE))}
         replace = options.get("patches_replace", {})
-        dit = dict(replace.get("dit", {}))
+        dit, result = dict(replace.get("dit", {})), {}
         for position, block in enumerate(forward.run.blocks):
             key = (f"{block[0]}_block", block[1])
-            dit[key] = partial(_run_block, block, position, dit.get(key))
+            dit[key] = partial(_run_block, block, position, dit.get(key), result)
         return {**options, "patches_replace": {**replace, "dit": dit}, FORWARD_KEY: forward}
 
     def _check_reached(self, run: Run, forward: Forward, compiled: bool) -> None:
@@ -553,8 +553,14 @@ def _is_active(entry: dict, timestep: Tensor) -> bool:
     )
 
 
-def _run_block(block: Block, position: int, previous: Callable | None, args: dict, extra: Mapping) -> dict:
-    """An entry of ``patches_replace["dit"]``: the block with VSF's attention, inside whatever was there before."""
+def _run_block(
+    block: Block, position: int, previous: Callable | None, result: dict, args: dict, extra: Mapping
+) -> dict:
+    """An entry of ``patches_replace["dit"]``: the block with VSF's attention, inside whatever was there before.
+
+    ``result`` is returned from every block of a pass: ComfyUI's loop holds what a block returned while the next one
+    runs, which in Flux's first single block would be an image more than without patches.
+    """
 
     def original(inner: dict) -> dict:
         try:
@@ -570,9 +576,12 @@ def _run_block(block: Block, position: int, previous: Callable | None, args: dic
         forward.reached[0, position].add_(1)
         return stock({**inner, "transformer_options": {**options, **here}})
 
-    if previous is None:
-        return original(args)
-    return previous(args, {**extra, "original_block": original})
+    result.clear()
+    made = original(args) if previous is None else previous(args, {**extra, "original_block": original})
+    if torch.compiler.is_compiling():
+        return made
+    result.update(made)
+    return result
 
 
 def _cross_override(previous: Callable | None, func: Callable, *args: Any, **kwargs: Any) -> Tensor:

@@ -33,15 +33,14 @@ def shot(tab, tmp_path_factory, name):
 
 @pytest.mark.parametrize("alias", ["cfg 1", "NAG", "value sign flip"])
 def test_node_search_finds_both_nodes_by_alias(tab, tmp_path_factory, alias):
-    tab.mouse.dblclick(800, 780)
-    tab.wait_for_timeout(400)
+    tab.evaluate("() => app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+    tab.wait_for_function("() => document.activeElement?.tagName === 'INPUT'")
     tab.keyboard.type(alias)
     for name in ("VSF Model Patch", "VSF Negative Conditioning"):
-        tab.get_by_text(name).last.wait_for(timeout=5000)
+        tab.get_by_text(name).last.wait_for(timeout=20_000)
     shot(tab, tmp_path_factory, f"search_{alias.replace(' ', '_')}")
     tab.keyboard.press("Escape")
-    tab.keyboard.press("Escape")
-    tab.wait_for_timeout(300)
+    tab.wait_for_function("() => document.activeElement?.tagName !== 'INPUT'")
 
 
 @pytest.mark.parametrize(

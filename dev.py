@@ -33,6 +33,8 @@ from hosting.host import (
 from hosting.server import ComfyServer, check_port
 
 PYTEST = ("-m", "pytest", "-p", "hosting.pytest_root")
+PARALLEL = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile")
+"""More than certain tests: in a process a core, whole files each."""
 SMOKE_VERSIONS = ("0.16.3", "0.24.1")
 """The oldest and a middle ComfyUI: on these, the usual test command runs what is marked smoke."""
 PER_VERSION = ("tests/host", "tests/server")
@@ -143,13 +145,10 @@ def test(options: argparse.Namespace, arguments: list[str]) -> int:
     require_test_tools(python)
     env = test_env(runs[0][0])
     if selects_tests(arguments):
-        print("certain tests were asked for: lint and types are not checked", flush=True)
-        failed = 0
-    else:
-        failed = lint(python)
-    if len(runs) == 1:
-        return process.run([str(python), *PYTEST, *runs[0][1]], env=env, cwd=str(ROOT)) or failed
-    return test_all(runs, env) or failed
+        print("certain tests were asked for: lint and types are not checked, and one process runs them", flush=True)
+        return test_all(runs, env, PYTEST)
+    failed = lint(python)
+    return test_all(runs, {**env, "OMP_NUM_THREADS": "1"}, (*PYTEST, *PARALLEL)) or failed
 
 
 def plan(asked: str | None, selected: bool, own: bool) -> list[tuple[str | None, list[str]]]:
@@ -187,12 +186,15 @@ def lint(python: Path) -> int:
     return status
 
 
-def test_all(runs: list[tuple[Host, list[str]]], env: dict[str, str]) -> int:
-    """Runs each version's tests and ends with a line for each."""
+def test_all(runs: list[tuple[Host, list[str]]], env: dict[str, str], pytest: Sequence[str]) -> int:
+    """Runs each version's tests and, if there are several, ends with a line for each."""
+    if len(runs) == 1:
+        host, arguments = runs[0]
+        return process.run([str(host.python), *pytest, *arguments], env=env, cwd=str(ROOT))
     summary, failed = [], 0
     for host, arguments in runs:
         print(f"== ComfyUI {host.version}", flush=True)
-        command = [str(host.python), *PYTEST, *arguments]
+        command = [str(host.python), *pytest, *arguments]
         versioned = {**env, "VSF_COMFYUI": str(host.tree)}
         status, tail = process.stream(command, sys.stdout, env=versioned, cwd=str(ROOT))
         summary.append(f"ComfyUI {host.version}: {'ok' if status == 0 else 'FAILED'}  {tail[-1] if tail else ''}")

@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,3 +55,14 @@ def tally(request: pytest.FixtureRequest) -> Counter:
 def times(request: pytest.FixtureRequest) -> int:
     """How many times the usual number of random cases is asked for."""
     return 10 if request.config.getoption("--long") else 1
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In one of several processes: hand over what it counted."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tally"] = dict(session.config.stash[TALLY])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash[TALLY].update(getattr(node, "workeroutput", {}).get("tally", {}))

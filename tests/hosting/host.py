@@ -46,7 +46,7 @@ MARKER = ".complete"
 # Runs in a Python under test: fails unless each module it is given can be found.
 FIND_MODULES = "import sys, importlib.util as u; sys.exit([m for m in sys.argv[1:] if not u.find_spec(m)] or 0)"
 HOST_MODULES = ("torch", "torchvision", "torchaudio", "aiohttp", "safetensors", "PIL")
-TEST_MODULES = ("pytest", "pytest_timeout", "hypothesis", "ruff", "basedpyright", "bandit", "playwright")
+TEST_MODULES = ("pytest", "pytest_timeout", "xdist", "hypothesis", "ruff", "basedpyright", "bandit", "playwright")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 STARTED = time.monotonic()
 MAC_BROWSER = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"

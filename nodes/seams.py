@@ -343,11 +343,12 @@ class VSFPatch:
             ours = _lengthened(ours, -ours["tokens"].shape[1] % COMPILED_MULTIPLE)
         if self.family.cross:
             ours = self._unmistakable(ours, x, c_crossattn.shape[1], kwargs, diffusion_model)
-        tokens = ours["tokens"].to(c_crossattn)
+        dtype = executor.class_obj.get_dtype_inference()  # ComfyUI's own next step is this cast; here it halves a copy
+        tokens = ours["tokens"].to(c_crossattn.device, dtype)
         backend = self._backend(run, transformer_options, x.device, executor.class_obj)
         # N0 goes before P: text has no order here, and what is left of the sequence is then one contiguous view.
         copy = [tokens] if self._released is not None and self._released.copy else []
-        context = torch.cat([tokens, c_crossattn, *copy], dim=1)
+        context = torch.cat([tokens, c_crossattn.to(dtype), *copy], dim=1)
         references = self.family.reference_tokens(kwargs, diffusion_model)
         forward = self._forward(run, ours, context.shape[1], x, references, backend, RECORD_KEY in transformer_options)
         if kwargs.get("attention_mask") is not None:

@@ -7,9 +7,10 @@ from ..host_check import changed_host
 from .base import Family, Released
 from .flux import Flux
 from .sd3 import SD3
+from .unet import UNet
 from .wan import Wan
 
-FAMILIES: tuple[Family, ...] = (SD3(), Flux(), Wan())
+FAMILIES: tuple[Family, ...] = (SD3(), Flux(), Wan(), UNet())
 
 OTHER_LOADERS = {
     "ComfyFlux": "ComfyUI-nunchaku",

@@ -145,6 +145,42 @@ def wan_model(
     )
 
 
+UNETS = {
+    "sd1": {"context_dim": 768, "num_heads": 8, "transformer_depth": [1, 1, 0]},
+    "sd2": {"context_dim": 1024, "num_head_channels": 64, "transformer_depth": [1, 1, 0]},
+    "sdxl": {"context_dim": 2048, "num_head_channels": 64, "transformer_depth": [0, 2, 5]},
+}
+"""What ComfyUI's loader tells the UNets by; SDXL's depths are those of its small relative KOALA."""
+
+
+def unet(kind: str = "sdxl", seed: int = 0) -> StateDict:
+    """A UNet of random weights, as ``unet_model`` builds it."""
+    return randomize(unet_model(kind).state_dict(), seed)
+
+
+def unet_model(kind: str) -> torch.nn.Module:
+    """ComfyUI's UNet class with three grids; the loader knows it by 320 channels only, so it is narrow, not tiny."""
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    is_sdxl = kind == "sdxl"
+    return UNetModel(
+        image_size=32,
+        in_channels=4,
+        out_channels=4,
+        model_channels=320,
+        num_res_blocks=[1, 1, 1],
+        channel_mult=[1, 1, 1 if is_sdxl else 2],
+        num_classes="sequential" if is_sdxl else None,
+        adm_in_channels=2816 if is_sdxl else None,
+        use_spatial_transformer=True,
+        use_linear_in_transformer=kind != "sd1",
+        transformer_depth_middle=1,
+        transformer_depth_output=[0, 0, 2, 1, 1, 2] if is_sdxl else [1, 1, 1, 1, 0, 0],
+        legacy=False,
+        **UNETS[kind],
+    )
+
+
 def clip_l(seed: int = 0) -> StateDict:
     """A full-size CLIP-L (what the stock CLIPLoader recognises) whose layers pass their input on."""
     from comfy.clip_model import CLIPTextModel

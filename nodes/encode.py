@@ -103,6 +103,12 @@ class EncodedPrompt:
     during: tuple[float, float] | None
     extra: dict[str, Tensor]
 
+    @property
+    def count(self) -> int:
+        """How many tokens the model will see."""
+        ids = self.extra.get("t5xxl_ids")
+        return self.tokens.shape[1] if ids is None else len(ids)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -243,6 +249,11 @@ def _null_embeddings(clip: Any, encoder: Encoder) -> list[dict[str, Tensor]]:
     if key not in cached or clip.patcher.forced_hooks is not None:
         cached.clear()
         padded = _encodings(clip, encoder, clip.tokenize(""), trim=False)
+        if any(p.content >= p.embedding.shape[1] for e in padded for p in e.parts):
+            raise ValueError(
+                f"VSF: extrapolation compares with the padding of an empty prompt, and {encoder.title} pads none. Set "
+                "extrapolation to 0."
+            )
         cached[key] = [{p.segment.name: null_embedding(p.embedding, p.content) for p in e.parts} for e in padded]
     return cached[key]
 
@@ -255,6 +266,8 @@ def _words(clip: Any, segment: Segment, tokens: dict) -> list[str]:
     for pair in (pair for chunk in tokens[key] for pair in chunk):
         if not isinstance(pair[0], int):
             words.append("[embedding]")
+        elif tokenizer.start_token is None and tokenizer.end_token is None:  # a language model's, of bytes
+            words.append(tokenizer.tokenizer.decode([pair[0]]).strip())
         elif pair[0] not in special:
             words.append(tokenizer.inv_vocab[pair[0]].replace("</w>", "").replace("\u2581", ""))
     return words

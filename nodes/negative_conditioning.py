@@ -183,4 +183,4 @@ def _taken_as_it_is(negative: list) -> torch.Tensor:
 
 def _describe(encoded: EncodedPrompt) -> str:
     lines = [f"{name}: {' · '.join(words)}" for name, words in encoded.words.items()]
-    return "\n".join([f"pushes away {encoded.tokens.shape[1]} tokens", *lines])
+    return "\n".join([f"pushes away {encoded.count} tokens", *lines])

@@ -345,6 +345,7 @@ class VSFPatch:
         if key not in run.cache:  # groups are kept with the result, so that their ids stay theirs
             offset, pooled = self.settings.offset, self._mixes_pooled()
             ready = [tuple(self.family.embedded(n, model, x_in.device) for n in group) for group in groups]
+            run.tokens = max(map(count_tokens, ready))
             run.cache[key] = groups, step_conds(ready, run.scales, offset, x_in, pooled, window)
         return {
             id(entry): {**added, **_length_of(entry)} for entry, added in zip(entries, run.cache[key][1], strict=True)

@@ -27,6 +27,11 @@ def load_unet(kind="sdxl", **kw):
     return comfy.sd.load_diffusion_model_state_dict(tiny.unet(kind, **kw))
 
 
+def load_cosmos(kind="cosmos", **kw):
+    """A tiny random Cosmos Predict2, or Anima, through ComfyUI's own loader."""
+    return comfy.sd.load_diffusion_model_state_dict(tiny.cosmos(kind, **kw))
+
+
 def text(length, seed, width=64, batch=1):
     g = torch.Generator().manual_seed(seed)
     return torch.randn(batch, length, width, generator=g)

@@ -7,6 +7,7 @@ and appends the negative at the END of the text (the pack puts it first). Entrie
 import contextlib
 from dataclasses import dataclass, field
 
+import comfy.ldm.cosmos.predict2 as cosmos
 import comfy.ldm.flux.math as flux_math
 import comfy.ldm.modules.attention as unet_attention
 import comfy.ldm.modules.diffusionmodules.mmdit as mmdit
@@ -212,6 +213,30 @@ def unet_cross_attention(model, n, expect, record):
 
 
 @contextlib.contextmanager
+def cosmos_cross_attention(model, n, expect, record):
+    """While open, the cross-attention layers of Cosmos Predict2 and Anima are Eq. 9 on [P, N]."""
+    layers = {id(block.cross_attn): i for i, block in enumerate(model.model.diffusion_model.blocks)}
+    original = cosmos.Attention.forward
+
+    def forward(self, x, context=None, rope_emb=None, **kw):
+        if id(self) not in layers:
+            return original(self, x, context, rope_emb, **kw)
+        record.joint += 1
+        q, k, v = (
+            norm(project(t).unflatten(-1, (self.n_heads, self.head_dim))).flatten(2)
+            for norm, project, t in (
+                (self.q_norm, self.q_proj, x),
+                (self.k_norm, self.k_proj, context),
+                (self.v_norm, self.v_proj, context),
+            )
+        )
+        return self.output_proj(eq_9(q, k, v, self.n_heads, n, expect, layers[id(self)], record).to(x.dtype))
+
+    with methods_replaced({cosmos.Attention: forward}):
+        yield
+
+
+@contextlib.contextmanager
 def methods_replaced(forwards):
     """While open, each class has the ``forward`` that it is given here."""
     originals = {cls: cls.forward for cls in forwards}
@@ -224,7 +249,11 @@ def methods_replaced(forwards):
             cls.forward = original
 
 
-CROSS = {"patch_embedding": wan_cross_attention, "input_blocks": unet_cross_attention}
+CROSS = {
+    "patch_embedding": wan_cross_attention,
+    "input_blocks": unet_cross_attention,
+    "pos_embedder": cosmos_cross_attention,
+}
 """The oracles of cross-attention models, by an attribute of the model that is theirs alone."""
 
 

@@ -3,6 +3,7 @@
 One ``Family`` below is all that a further one needs.
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,8 +13,8 @@ import pytest
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
-from encoders import make_unet_clip
-from helpers import conditioning, load_unet, relative, sample, spy_override, text, with_override
+from encoders import make_cosmos_clip, make_unet_clip
+from helpers import conditioning, load_cosmos, load_unet, relative, sample, spy_override, text, with_override
 from oracle import Expect, oracle_model
 
 
@@ -37,9 +38,53 @@ class Family:
     """Latent pixels along a side of an image token, for each grid that the model has."""
     options: dict = field(default_factory=dict)
     """What a prompt has besides its embedding."""
+    length: int | None = None
+    """Of the text as the model sees it, where that is always the same."""
+
+    def prompt(self, length=13, seed=1):
+        """A CONDITIONING whose text has so many tokens."""
+        return conditioning(length, seed, self.width, self.pooled, **self.options)
+
+    def negative(self, n, seed=5, gain=1.0):
+        """One of which n tokens will be seen."""
+        return [[text(n, seed, self.width) * gain, {}]]
+
+    def seen(self, model, prompt):
+        """A CONDITIONING's text as the model's blocks see it, without padding of the model's own."""
+        return prompt[0][0]
+
+
+@dataclass(frozen=True)
+class Anima(Family):
+    """Its adapter reads the encoder's tokens for each T5 token, and fills up with zeros."""
+
+    def prompt(self, length=13, seed=1):
+        return self.with_t5(super().prompt(length + 3, seed), length, seed)
+
+    def negative(self, n, seed=5, gain=1.0):
+        return self.with_t5(super().negative(n + 2, seed, gain), n, seed)
+
+    def with_t5(self, given, length, seed):
+        g = torch.Generator().manual_seed(seed)
+        ids, weights = torch.randint(3, 32000, (length,), generator=g), 0.5 + torch.rand(length, generator=g)
+        return [[given[0][0], {**given[0][1], "t5xxl_ids": ids.int(), "t5xxl_weights": weights}]]
+
+    def seen(self, model, prompt):
+        cond, options = prompt[0]
+        with torch.inference_mode():
+            made = model.model.diffusion_model.preprocess_text_embeds(
+                cond, options["t5xxl_ids"][None], options["t5xxl_weights"][None, :, None]
+            )
+        return made if "pooled_output" in options else made[:, : len(options["t5xxl_ids"])]
 
 
 SIZES_2D = ((8, 12), (7, 11), (1, 9))
+SIZES_3D = ((3, 8, 10), (2, 7, 9), (1, 8, 12))
+COSMOS = {
+    **{"width": 1024, "pooled": 8, "channels": 16, "sizes": SIZES_3D, "layers": 10},
+    "blocks": {"double:3": {3}, "double:-1,double:8-": {0, 1, 8, 9}, "all": set(range(10))},
+    "bad_blocks": {"double:10": "double:0-9", "single": "double:0-9"},
+}
 UNET = {"channels": 4, "sizes": SIZES_2D, "patches": (1, 2, 4)}
 
 FAMILIES = {
@@ -73,6 +118,8 @@ FAMILIES = {
         bad_blocks={"input:4": "input:3-3, input:5-5, middle:0-0, output:0-3", "input:0-9": "input:3-3"},
         **UNET,
     ),
+    "cosmos": Family(load=lambda: load_cosmos("cosmos"), clip=lambda: make_cosmos_clip("cosmos"), **COSMOS),
+    "anima": Anima(load=lambda: load_cosmos("anima"), clip=lambda: make_cosmos_clip("anima"), length=512, **COSMOS),
 }
 
 
@@ -97,20 +144,22 @@ def model(name):
     return loaded(name)
 
 
-def prompt(family, length=13, seed=1, **options):
-    return conditioning(length, seed, family.width, family.pooled, **{**family.options, **options})
-
-
 def run(family, model, positive, negative=None, **kw):
     kw = {"size": family.sizes[0], "channels": family.channels, "steps": 2, **kw}
-    return sample(model, positive, negative or prompt(family, seed=99), **kw)
+    with torch.inference_mode():  # as ComfyUI does
+        return sample(model, positive, negative or family.prompt(seed=99), **kw)
+
+
+def oracle_of(family, model, positive, negative, alpha=3.3, beta=0.2, **expect):
+    seen = (family.seen(model, prompt) for prompt in (positive, negative))
+    return oracle_model(model, [Expect(*seen, alpha, beta, **expect)])
 
 
 def both(pack, family, model, n=5, positive=None, alpha=1.9, beta=0.2, patch=(), node=(), expect=(), **kw):
     """The latents of a patched run and of the oracle's."""
-    positive, negative = positive or prompt(family), text(n, 5, family.width)
-    attached = pack.negative(positive, negative=[[negative, {}]], **dict(node))
-    oracle, record = oracle_model(model, [Expect(positive[0][0], negative, alpha, beta, **dict(expect))])
+    positive, negative = positive or family.prompt(), family.negative(n)
+    attached = pack.negative(positive, negative=negative, **dict(node))
+    oracle, record = oracle_of(family, model, positive, negative, alpha, beta, **dict(expect))
     result = run(family, pack.patch(model, scale=alpha, offset=beta, **dict(patch)), attached, **kw)
     expected = run(family, oracle, positive, **kw)
     assert record.joint > 0 and record.joint % family.layers == 0
@@ -124,7 +173,7 @@ def test_parity(pack, family, model, n, batch, cfg, size):
     size = family.sizes[size]
     result, expected = both(pack, family, model, n=n, batch=batch, cfg=cfg, size=size)
     assert relative(result, expected) <= 1e-5
-    assert relative(run(family, model, prompt(family), batch=batch, cfg=cfg, size=size), expected) > 1e-4
+    assert relative(run(family, model, family.prompt(), batch=batch, cfg=cfg, size=size), expected) > 1e-4
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(-2.0, -0.6), (0.0, 0.0), (6.0, 2.0), (0.8, 2.0)])
@@ -143,8 +192,11 @@ def tokens_on_each_grid(family, size):
 def test_as_many_image_tokens_as_text_tokens(pack, family, model, grid, cfg):
     """Self-attention must pass through untouched."""
     size = (*family.sizes[0][:-2], 8, 16)
-    length = tokens_on_each_grid(family, size)[grid] - 5
-    result, expected = both(pack, family, model, positive=prompt(family, length), n=5, size=size, cfg=cfg)
+    length, n = tokens_on_each_grid(family, size)[grid] - 5, 5
+    if family.length is not None:
+        size = (1, 44, 48)
+        length, n = 13, tokens_on_each_grid(family, size)[grid] - family.length
+    result, expected = both(pack, family, model, positive=family.prompt(length), n=n, size=size, cfg=cfg)
     assert relative(result, expected) <= 1e-5
 
 
@@ -210,33 +262,40 @@ def test_mask(pack, family, model, size, cfg):
 def test_two_negatives_with_a_region_each(pack, family, model):
     size = family.sizes[0]
     cells, pixels = region(size)
-    positive, left, right = prompt(family), text(5, 5, family.width), text(3, 6, family.width)
-    attached = pack.negative(positive, negative=[[left, {}]], mask=pixels)
-    attached = pack.negative(attached, negative=[[right, {}]], mask=1 - pixels, strength=0.5)
+    positive, left, right = family.prompt(), family.negative(5, 5), family.negative(3, 6)
+    attached = pack.negative(positive, negative=left, mask=pixels)
+    attached = pack.negative(attached, negative=right, mask=1 - pixels, strength=0.5)
     inside, outside = kept(family, size, cells, 5), kept(family, size, 1 - cells, 3)
     if isinstance(inside, dict):
         keep = {tokens: torch.cat([inside[tokens], outside[tokens]], dim=1) for tokens in inside}
     else:
         keep = torch.cat([inside, outside], dim=1)
     alpha = torch.tensor([2.0] * 5 + [1.0] * 3)
-    oracle, _ = oracle_model(model, [Expect(positive[0][0], torch.cat([left, right], 1), alpha, 0.2, keep=keep)])
+    seen = torch.cat([family.seen(model, left), family.seen(model, right)], dim=1)
+    oracle, _ = oracle_model(model, [Expect(family.seen(model, positive), seen, alpha, 0.2, keep=keep)])
     for cfg in (1.0, 2.5):
         result = run(family, pack.patch(model, scale=2.0), attached, cfg=cfg)
         assert relative(result, run(family, oracle, positive, cfg=cfg)) <= 1e-5
+
+
+def reversed_keys(func, q, k, v, heads, **kw):
+    axis = 2 if kw.get("skip_reshape") else 1
+    return func(q, k.flip(axis), v.flip(axis), heads, **kw)
 
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
 def test_neutrality_at_a_large_finite_offset(pack, family, model, cfg):
     """N reached every block and changed nothing, however large it is."""
-    stock = run(family, model, prompt(family), cfg=cfg)
-    attached = pack.negative(prompt(family), negative=[[text(40, 5, family.width) * 3, {}]])
+    stock = run(family, model, family.prompt(), cfg=cfg)
+    attached = pack.negative(family.prompt(), negative=family.negative(40, gain=3.0))
     patched, seen = pack.patch(model, offset=60.0), []
     assert relative(run(family, patched, attached, cfg=cfg), stock) <= 1e-6
-    # by the mask's path, a sum over more keys: at cfg 2.5 another order of its keys moves stock itself by 1.5e-6
+    # a mask's sum runs over more keys: as exact as stock is when it sums its own keys in another order
     masked = run(family, with_override(patched, spy_override(seen)), attached, cfg=cfg)
-    assert relative(masked, stock) <= 1e-6 * cfg
-    assert seen.count(13 + 40) == 2 * family.layers
+    reordered = run(family, with_override(model, reversed_keys), family.prompt(), cfg=cfg)
+    assert relative(masked, stock) <= max(1e-6, 2 * relative(reordered, stock))
+    assert seen.count((family.length or 13) + 40) == 2 * family.layers
 
 
 @pytest.mark.smoke
@@ -246,9 +305,9 @@ def test_isolation(pack, family, model, cfg):
     nowhere = torch.zeros(1, 8, 8)
     results = []
     for seed, n in ((5, 5), (6, 5), (7, 40)):
-        attached = pack.negative(prompt(family), negative=[[text(n, seed, family.width) * 3, {}]], mask=nowhere)
+        attached = pack.negative(family.prompt(), negative=family.negative(n, seed, gain=3.0), mask=nowhere)
         results.append(run(family, pack.patch(model), attached, cfg=cfg))
-    stock = run(family, model, prompt(family), cfg=cfg)
+    stock = run(family, model, family.prompt(), cfg=cfg)
     assert torch.equal(results[0], results[1])
     assert all(relative(result, stock) <= 1e-6 for result in results)
 
@@ -256,11 +315,11 @@ def test_isolation(pack, family, model, cfg):
 @pytest.mark.smoke
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
 def test_off(pack, family, model, cfg):
-    stock = run(family, model, prompt(family), cfg=cfg)
-    attached = pack.negative(prompt(family), negative=[[text(5, 5, family.width), {}]])
+    stock = run(family, model, family.prompt(), cfg=cfg)
+    attached = pack.negative(family.prompt(), negative=family.negative(5))
     patched = pack.patch(model)
     assert torch.equal(run(family, model, attached, cfg=cfg), stock)
-    assert torch.equal(run(family, patched, prompt(family), cfg=cfg), stock)
+    assert torch.equal(run(family, patched, family.prompt(), cfg=cfg), stock)
     assert torch.equal(run(family, pack.patch(model, start_percent=0.999), attached, cfg=cfg), stock)
 
     def fail(func, q, k, v, heads, **kw):
@@ -269,25 +328,25 @@ def test_off(pack, family, model, cfg):
     with pytest.raises(RuntimeError, match="injected"):
         run(family, with_override(patched, fail), attached, cfg=cfg)
     assert not torch.equal(run(family, patched, attached, cfg=cfg), stock)
-    assert torch.equal(run(family, model, prompt(family), cfg=cfg), stock)
+    assert torch.equal(run(family, model, family.prompt(), cfg=cfg), stock)
 
 
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
 @pytest.mark.parametrize("lengths", [(8, 16), (16, 8), (6, 9)])
 def test_prompts_of_different_lengths(pack, family, model, lengths, cfg):
     """ComfyUI repeats a shorter prompt of a UNet to the length of the other, to let both share a batch."""
-    positive, other = prompt(family, lengths[0]), prompt(family, lengths[1], seed=99)
+    positive, other = family.prompt(lengths[0]), family.prompt(lengths[1], seed=99)
     result, expected = both(pack, family, model, positive=positive, negative=other, cfg=cfg)
     assert relative(result, expected) <= 1e-5
 
 
 def test_row_mask_path(pack, family, model):
     """An attention of another pack's: no log-sum-exp, so with a mask of one row, or of a row for each image token."""
-    positive, negative, size = prompt(family), text(5, 5, family.width), family.sizes[0]
+    positive, negative, size = family.prompt(), family.negative(5), family.sizes[0]
     cells, pixels = region(size)
     for node, expect in ({}, {}), ({"mask": pixels}, {"keep": kept(family, size, cells, 5)}):
-        attached, seen = pack.negative(positive, negative=[[negative, {}]], **node), []
-        oracle, _ = oracle_model(model, [Expect(positive[0][0], negative, 3.3, 0.2, **expect)])
+        attached, seen = pack.negative(positive, negative=negative, **node), []
+        oracle, _ = oracle_of(family, model, positive, negative, **expect)
         result = run(family, with_override(pack.patch(model), spy_override(seen)), attached, batch=2, cfg=2.5)
         assert relative(result, run(family, oracle, positive, batch=2, cfg=2.5)) <= 1e-5
         assert len(seen) > 2 * family.layers
@@ -307,13 +366,13 @@ def test_a_block_that_computes_its_attention_past_comfyui_fails_loudly(pack, nam
 
     for module in (attention, comfy.ldm.cosmos.predict2):
         monkeypatch.setattr(module, "optimized_attention", direct)
-    attached = pack.negative(prompt(family), negative=[[text(5, 5, family.width), {}]])
+    attached = pack.negative(family.prompt(), negative=family.negative(5))
     with pytest.raises(RuntimeError, match=r"ran without the attention call over text|no block of this model ran"):
         run(family, pack.patch(model), attached)
 
 
 def test_compiled_whole(pack, name, family, model):
-    """ComfyUI's TorchCompileModel: no graph break, and no graph of stock or of another negative is taken for another."""
+    """ComfyUI's TorchCompileModel: no graph break, and no graph of stock or of another negative is mistaken."""
     if name in ("sd1", "sd2"):
         pytest.skip("the same class as SDXL's, and a minute each")
     torch._dynamo.reset()
@@ -330,9 +389,9 @@ def test_compiled_whole(pack, name, family, model):
         (5, {"blocks": next(iter(family.blocks))}, {}),
         (5, {}, {"mask": pixels}),
     ):
-        positive, pair = prompt(family), [model, compiled]
+        positive, pair = family.prompt(), [model, compiled]
         if n:
-            positive = pack.negative(positive, negative=[[text(n, 5, family.width), {}]], **node)
+            positive = pack.negative(positive, negative=family.negative(n), **node)
             pair = [pack.patch(m, **settings) for m in pair]
         with torch.no_grad():
             eager, result = (run(family, m, positive, steps=1) for m in pair)
@@ -346,9 +405,14 @@ def test_compiled_whole(pack, name, family, model):
 WORDS = {"a red roof": ["a", "red", "roof"], "roof": ["roof"]}
 
 
-@pytest.fixture(scope="module")
-def clip(name):
+@lru_cache(maxsize=1)
+def cached_clip(name):
     return FAMILIES[name].clip()
+
+
+@pytest.fixture
+def clip(name):
+    return cached_clip(name)
 
 
 def attached_of(pack, clip, words, **kw):
@@ -358,10 +422,64 @@ def attached_of(pack, clip, words, **kw):
 @pytest.mark.smoke
 def test_from_text_to_picture(pack, name, family, model, clip):
     """The encoder's negative is one that the model takes."""
-    attached = pack.negative(prompt(family), clip=clip, text="a red roof")
+    attached = pack.negative(family.prompt(), clip=clip, text="a red roof")
     assert attached[0][1]["vsf_negatives"][0].encoder is not None
     result = run(family, pack.patch(model), attached)
-    assert relative(result, run(family, model, prompt(family))) > 1e-4
+    assert relative(result, run(family, model, family.prompt())) > 1e-4
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("words", [*WORDS, "naïve café 屋根 🏠"])
+def test_cosmos_keeps_its_own_tokens(pack, words):
+    """T5's, with its end, as its tokenizer gives them without padding; padding is masked and zeroed, so trimming before
+    or after encoding is the same."""
+    clip = FAMILIES["cosmos"].clip()
+    made, padded = attached_of(pack, clip, words), clip.encode_from_tokens(clip.tokenize(words))
+    n = len(clip.tokenizer.clip_t5xxl.tokenizer(words)["input_ids"])
+    assert padded.shape[1] == 512 and made.tokens.shape[1] == n and made.encoder == "cosmos"
+    assert relative(made.tokens, padded[:, :n]) < 1e-5
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("words", [*WORDS, "naïve café 屋根 🏠", "(roof:1.3) and (door)"])
+def test_anima_keeps_its_own_tokens(pack, words):
+    """An embedding a T5 token, and T5's end, as the tokenizers give them; the node's text is what a prompt would be."""
+    family, model, clip = FAMILIES["anima"], loaded("anima"), cached_clip("anima")
+    made = attached_of(pack, clip, words)
+    plain = words.replace("(roof:1.3)", "roof").replace("(door)", "door")
+    cond, options = clip.encode_from_tokens_scheduled(clip.tokenize(words))[0]
+    assert torch.equal(made.tokens, cond) and made.encoder == "anima"
+    if words == plain:  # weighted parts are tokenized apart
+        assert made.tokens.shape[1] == len(clip.tokenizer.qwen3_06b.tokenizer(words)["input_ids"])
+        assert made.extra["t5xxl_ids"].tolist() == clip.tokenizer.t5xxl.tokenizer(words)["input_ids"]
+    positive = family.prompt()
+    as_prompt = pack.negative(positive, negative=[[cond, {**options, "attention_mask": None}]])
+    as_text = pack.negative(positive, clip=clip, text=words)
+    results = [run(family, pack.patch(model), attached) for attached in (as_text, as_prompt)]
+    assert torch.equal(*results)
+    oracle, _ = oracle_of(family, model, positive, [[made.tokens, made.extra]])
+    assert relative(results[0], run(family, oracle, positive)) <= 1e-5
+
+
+def test_anima_shows_its_words_and_cannot_extrapolate(pack, caplog):
+    clip, family = cached_clip("anima"), FAMILIES["anima"]
+    node = pack.mapping["VSFNegativeConditioning"]
+    shown = node.execute(positive=conditioning(), clip=clip, text="red café").ui.as_dict()["text"][0]
+    n = len(clip.tokenizer.t5xxl.tokenizer("red café")["input_ids"])
+    assert shown.splitlines() == [f"pushes away {n} tokens", "Qwen3: red · café"]
+    with pytest.raises(ValueError, match="Anima .* pads none. Set extrapolation to 0"):
+        attached_of(pack, clip, "roof", extrapolation=8.0)
+    with caplog.at_level(logging.INFO):
+        run(family, pack.patch(loaded("anima")), pack.negative(family.prompt(), clip=clip, text="red café"))
+    assert any(f"Anima: {n} negative tokens" in record.getMessage() for record in caplog.records)
+
+
+def test_a_negative_of_another_encoder_is_refused(pack):
+    """Cosmos and Anima take embeddings of the same width."""
+    family = FAMILIES["anima"]
+    attached = pack.negative(family.prompt(), clip=FAMILIES["cosmos"].clip(), text="roof")
+    with pytest.raises(ValueError, match='of type "cosmos", but this model'):
+        run(family, pack.patch(loaded("anima")), attached)
 
 
 # -- UNets
@@ -431,11 +549,11 @@ def test_attn2_patches_of_other_nodes(pack, unet, family, model):
         m.set_model_attn2_replace(replaced, "middle", 0)
         return m
 
-    positive, negative = prompt(family), text(5, 5, family.width)
-    oracle, _ = oracle_model(model, [Expect(positive[0][0], negative, 3.3, 0.2)])
+    positive, negative = family.prompt(), family.negative(5)
+    oracle, _ = oracle_of(family, model, positive, negative)
     oracle.set_model_attn2_patch(doubled)
     expected = run(family, oracle, positive)
-    attached = pack.negative(positive, negative=[[negative, {}]])
+    attached = pack.negative(positive, negative=negative)
     for patched in (theirs(pack.patch(model)), pack.patch(theirs(model))):
         assert relative(run(family, patched, attached), expected) <= 1e-5
 
@@ -449,7 +567,7 @@ def test_attn2_replacement_past_comfyui_fails_loudly(pack, unet, family, model):
 
     m = model.clone()
     m.set_model_attn2_replace(replaced, "middle", 0)
-    attached = pack.negative(prompt(family), negative=[[text(5, 5, family.width), {}]])
+    attached = pack.negative(family.prompt(), negative=family.negative(5))
     with pytest.raises(RuntimeError, match="middle block 0 ran without the attention call over text"):
         run(family, pack.patch(m), attached)
 
@@ -461,12 +579,12 @@ def test_picture_shrunk_inside_the_model(pack, unet, family, model):
     def shrunk(m):
         return PatchModelAddDownscale.execute(m, 2, 1.75, 0.0, 1.0, True, "bicubic", "bicubic").result[0]
 
-    positive, negative = prompt(family), text(5, 5, family.width)
-    attached = pack.negative(positive, negative=[[negative, {}]])
-    oracle, _ = oracle_model(model, [Expect(positive[0][0], negative, 3.3, 0.2)])
+    positive, negative = family.prompt(), family.negative(5)
+    attached = pack.negative(positive, negative=negative)
+    oracle, _ = oracle_of(family, model, positive, negative)
     expected = run(family, shrunk(oracle), positive, size=(16, 20))
     assert relative(run(family, shrunk(pack.patch(model)), attached, size=(16, 20)), expected) <= 1e-5
-    masked = pack.negative(positive, negative=[[negative, {}]], mask=torch.ones(1, 8, 8) * 0.5)
+    masked = pack.negative(positive, negative=negative, mask=torch.ones(1, 8, 8) * 0.5)
     with pytest.raises(RuntimeError, match="another node changes the size of the picture inside the model"):
         run(family, shrunk(pack.patch(model)), masked, size=(16, 20))
 

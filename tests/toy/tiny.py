@@ -181,6 +181,36 @@ def unet_model(kind: str) -> torch.nn.Module:
     )
 
 
+def cosmos(kind: str = "cosmos", seed: int = 0) -> StateDict:
+    """A Cosmos-Predict2-format model of random weights, as ``cosmos_model`` builds it."""
+    return randomize(cosmos_model(kind).state_dict(), seed)
+
+
+def cosmos_model(kind: str) -> torch.nn.Module:
+    """ComfyUI's class of Cosmos Predict2 (cosmos) or of Anima; the loader knows no other number of blocks and heads for
+    a width that no checkpoint has, and Anima's adapter in full size alone."""
+    from comfy.ldm.anima.model import Anima
+    from comfy.ldm.cosmos.predict2 import MiniTrainDIT
+
+    return (Anima if kind == "anima" else MiniTrainDIT)(
+        max_img_h=240,
+        max_img_w=240,
+        max_frames=128,
+        in_channels=16,
+        out_channels=16,
+        patch_spatial=2,
+        patch_temporal=1,
+        model_channels=192,
+        num_blocks=10,
+        num_heads=16,
+        pos_emb_cls="rope3d",
+        use_adaln_lora=True,
+        rope_enable_fps_modulation=False,
+        operations=torch.nn,
+        dtype=torch.float32,
+    )
+
+
 def clip_l(seed: int = 0) -> StateDict:
     """A full-size CLIP-L (what the stock CLIPLoader recognises) whose layers pass their input on."""
     from comfy.clip_model import CLIPTextModel

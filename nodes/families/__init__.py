@@ -5,11 +5,13 @@ from typing import Any
 from ..compiled import unwrapped
 from ..host_check import changed_host
 from .base import Family, Released
+from .cosmos import Anima, Cosmos
 from .flux import Flux
 from .sd3 import SD3
+from .unet import UNet
 from .wan import Wan
 
-FAMILIES: tuple[Family, ...] = (SD3(), Flux(), Wan())
+FAMILIES: tuple[Family, ...] = (SD3(), Flux(), Wan(), UNet(), Cosmos(), Anima())
 
 OTHER_LOADERS = {
     "ComfyFlux": "ComfyUI-nunchaku",

@@ -7,11 +7,12 @@ from ..host_check import changed_host
 from .base import Family, Released
 from .cosmos import Anima, Cosmos
 from .flux import Flux
+from .ltx import LTXV
 from .sd3 import SD3
 from .unet import UNet
 from .wan import Wan
 
-FAMILIES: tuple[Family, ...] = (SD3(), Flux(), Wan(), UNet(), Cosmos(), Anima())
+FAMILIES: tuple[Family, ...] = (SD3(), Flux(), Wan(), UNet(), Cosmos(), Anima(), LTXV())
 
 OTHER_LOADERS = {
     "ComfyFlux": "ComfyUI-nunchaku",

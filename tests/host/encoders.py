@@ -62,6 +62,13 @@ def make_cosmos_clip(kind):
     return randomized(ClipTarget(tokenizer, module.te()), 1024)
 
 
+def make_ltxv_clip():
+    """LTX-Video's T5, in full width."""
+    import comfy.text_encoders.lt as lt
+
+    return randomized(ClipTarget(lt.LTXVT5Tokenizer, lt.ltxv_te()), 4096)
+
+
 def make_wan_clip(folder):
     """Wan's real tokenizer class over a sentencepiece model trained in ``folder`` on a few words."""
     import comfy.text_encoders.wan as wan

@@ -32,6 +32,11 @@ def load_cosmos(kind="cosmos", **kw):
     return comfy.sd.load_diffusion_model_state_dict(tiny.cosmos(kind, **kw))
 
 
+def load_ltxv(**kw):
+    """A tiny random LTX-Video through ComfyUI's own loader."""
+    return comfy.sd.load_diffusion_model_state_dict(tiny.ltxv(**kw))
+
+
 def text(length, seed, width=64, batch=1):
     g = torch.Generator().manual_seed(seed)
     return torch.randn(batch, length, width, generator=g)

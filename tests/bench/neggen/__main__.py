@@ -15,8 +15,9 @@ from hosting.errors import HostError
 from hosting.process import clean_up_on_signals
 from hosting.server import ComfyServer
 
-from neggen import drawing, pairs, templates
-from neggen.store import Store
+from neggen import drawing, human, judging, pairs, templates
+from neggen.endpoint import KEY_VARIABLE, Endpoint
+from neggen.store import Cell, Store
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
@@ -50,6 +51,47 @@ def draw(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def judge(options: argparse.Namespace) -> int:
+    """By the toy's detectors, or by a model at an endpoint."""
+    with closing(Store(options.out)) as store:
+        if not options.endpoint:
+            from neggen.toy_world import judge as look
+
+            def by_detectors(cell: Cell) -> tuple[tuple[float, float, float], str]:
+                return look(store.path(cell.key), cell.pair.prompt, cell.pair.missing_element), ""
+
+            return 1 if judging.judge_all(store, "toy detectors", by_detectors) else 0
+        if not options.model:
+            raise HostError("--endpoint needs --model, the name of the model there")
+        prices = tuple(options.prices)
+        model = Endpoint(options.endpoint, options.model, options.key_variable, prices, timeout=options.timeout)
+        todo = [(store.path(cell.key), cell.pair) for cell in store.to_judge(options.model)]
+        print(model.estimate(todo, options.at_once), flush=True)
+        if todo and not options.yes and not (sys.stdin.isatty() and input("go on? [y/N] ").lower() == "y"):
+            raise HostError("nothing was sent; --yes goes on without asking")
+
+        def enough() -> str:
+            spent = options.max_cost is not None and model.cost >= options.max_cost
+            return f"{model.cost:.2f} is spent" if spent else ""
+
+        def by_model(cell: Cell) -> tuple[tuple[float, float, float], str]:
+            return model.judge(store.path(cell.key), cell.pair)
+
+        failed = judging.judge_all(store, options.model, by_model, options.at_once, enough)
+        print(f"{model.tokens_in:,} tokens in, {model.tokens_out:,} out; cost {model.cost:.2f} at the given prices")
+    return 1 if failed else 0
+
+
+def judge_by_hand(options: argparse.Namespace) -> int:
+    """A page for someone to judge on."""
+    with closing(Store(options.out)) as store:
+        session = human.Session(store, options.name)
+        if not session.cells:
+            raise HostError(f"{options.out} has no pictures yet")
+        human.serve(session, options.port, lambda address: print(f"open {address}  (Ctrl-C ends it)", flush=True))
+    return 0
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="bench neggen", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -71,6 +113,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     one.add_argument("--run", action="append", default=[], metavar="[NAME=]METHOD:key=v,v", help="instead of the usual")
     one.add_argument("--only", nargs="+", metavar="NAME", help="of the runs, only these")
     one.set_defaults(work=draw)
+    one = commands.add_parser("judge", parents=[common], help="have the pictures judged: by the toy's detectors, or")
+    one.add_argument("--endpoint", metavar="ADDRESS", help="OpenAI-compatible, such as http://127.0.0.1:8000/v1")
+    one.add_argument("--model", metavar="NAME", help="the model's name there; also the judge's in the report")
+    one.add_argument("--key-variable", default=KEY_VARIABLE, metavar="NAME", help="environment variable with the key")
+    one.add_argument("--prices", type=float, nargs=2, default=(0, 0), metavar=("IN", "OUT"), help="of 1e6 tokens")
+    one.add_argument("--max-cost", type=float, metavar="X", help="stop when so much is spent")
+    one.add_argument("--at-once", type=int, default=4, metavar="N", help="requests at a time (4)")
+    one.add_argument("--timeout", type=float, default=120, metavar="S", help="seconds for one answer (120)")
+    one.add_argument("--yes", action="store_true", help="do not ask after the estimate")
+    one.set_defaults(work=judge)
+    one = commands.add_parser("human", parents=[common], help="a page on which you judge, blind")
+    one.add_argument("--name", default="1", help="yours; each judge has a name")
+    one.add_argument("--port", type=int, default=0)
+    one.set_defaults(work=judge_by_hand)
     return parser.parse_args(arguments)
 
 

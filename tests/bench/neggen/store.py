@@ -184,6 +184,10 @@ class Store:
         query = "INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?, ?, ?, ?)"
         self._do(query, judge, cell.key, cell.pair.id, *scores, note)
 
+    def unscore(self, judge: str, cell: Cell) -> None:
+        """Takes a judge's scores back."""
+        self._do("DELETE FROM scores WHERE judge = ? AND key = ? AND pair = ?", judge, cell.key, cell.pair.id)
+
     def scores(self) -> dict[str, dict[tuple[str, str], tuple[float | None, float | None, float | None]]]:
         """By judge, then by (key, pair id): positive, negative, quality."""
         out: dict[str, dict] = {}

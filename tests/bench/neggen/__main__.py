@@ -92,6 +92,16 @@ def judge_by_hand(options: argparse.Namespace) -> int:
     return 0
 
 
+def write_report(options: argparse.Namespace) -> int:
+    """Tables, plots and contact sheets of what is there."""
+    from neggen import report
+
+    with closing(Store(options.out)) as store:
+        for path in report.write(store, options.out / "report", options.sheet, options.times, not options.no_paper):
+            print(path)
+    return 0
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="bench neggen", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -127,6 +137,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     one.add_argument("--name", default="1", help="yours; each judge has a name")
     one.add_argument("--port", type=int, default=0)
     one.set_defaults(work=judge_by_hand)
+    one = commands.add_parser("report", parents=[common], help="tables, plots and contact sheets: HTML, Markdown, CSV")
+    one.add_argument("--sheet", type=int, default=12, metavar="N", help="pairs in the contact sheet (12)")
+    one.add_argument("--times", action="store_true", help="also how long pictures took")
+    one.add_argument("--no-paper", action="store_true", help="without the paper's own figures")
+    one.set_defaults(work=write_report)
     return parser.parse_args(arguments)
 
 

@@ -274,7 +274,7 @@ def _drawn(fill: Callable[[Any], None]) -> bytes:
     axes = figure.add_subplot()
     fill(axes)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="lower left")
     out = BytesIO()
     figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()

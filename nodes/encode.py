@@ -2,6 +2,8 @@
 
 T5 is bidirectional: its token list is trimmed before it is encoded, since the kept part of a padded encoding is another
 thing. CLIP is causal and insists on 77 tokens: it is encoded padded, and its embeddings are cut after the end token.
+Language models get the words inside the template that ComfyUI puts around every prompt; the words' embeddings are kept,
+those of the template (system text, turns of the chat) are not what anybody wants pushed away.
 """
 
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ class Segment:
     encoders: dict[str, str]
     """Key in the token dict -> attribute of the model; several (CLIP-L, CLIP-G) share the same positions."""
     causal: bool
+    template: bool = False
+    """Its tokens are words inside a fixed template, of whose beginning the encoder's output may lack something."""
 
     def present(self, clip: Any) -> dict[str, Any]:
         """Key in the token dict -> tokenizer, of the encoders that are loaded."""
@@ -59,6 +63,13 @@ ENCODERS = (
         "wan", "Wan (CLIPLoader of type wan)", "WanT5Model", (Segment("umT5", {"umt5xxl": "umt5xxl"}, causal=False),)
     ),
     Encoder("flux", "Flux.1 (DualCLIPLoader of type flux)", "FluxClipModel", (_T5,)),
+    Encoder("chroma", "Chroma (CLIPLoader of type chroma)", "PixArtT5XXL", (_T5,)),
+    Encoder(
+        "qwen_image",
+        "Qwen-Image (CLIPLoader of type qwen_image)",
+        "QwenImageTEModel",
+        (Segment("Qwen2.5-VL", {"qwen25_7b": "qwen25_7b"}, causal=True, template=True),),
+    ),
 )
 
 
@@ -76,10 +87,10 @@ class EncodedPrompt:
 
 @dataclass(frozen=True)
 class Encoding:
-    """One output of an encoder: each present segment with its embedding [1, L, C] and how many leading positions are
-    content; the pooled embedding; and from and to which part of the sampling (0..1) it counts, None = all of it."""
+    """One output of an encoder: each present segment with its embedding [1, L, C] and which positions are content; the
+    pooled embedding; and from and to which part of the sampling (0..1) it counts, None = all of it."""
 
-    segments: list[tuple[Segment, Tensor, int]]
+    segments: list[tuple[Segment, Tensor, slice]]
     pooled: Tensor | None
     during: tuple[float, float] | None
 
@@ -99,7 +110,7 @@ def encode_negative(clip: Any, text: str, extrapolation: float = 0.0) -> list[En
     for encoding, null in zip(encodings, nulls, strict=True):
         parts, words = [], {}
         for segment, embedding, content in encoding.segments:
-            kept = embedding[:, :content]
+            kept = embedding[:, content]
             parts.append(extrapolate(kept, null[segment.name], extrapolation) if extrapolation else kept)
             words[segment.name] = _words(clip, segment, tokens)
         out.append(EncodedPrompt(torch.cat(parts, dim=1), encoding.pooled, encoder.name, words, encoding.during))
@@ -140,26 +151,50 @@ def _encodings(clip: Any, encoder: Encoder, tokens: dict, *, trim: bool) -> list
         of_keys = []
         for key, tokenizer in segment.present(clip).items():
             *full, last = tokens[key]
+            if segment.template:
+                of_keys.append((sum(map(len, tokens[key])), _words_in(clip, segment, key, tokens)))
+                continue
             end = tokenizer.end_token if tokenizer.end_token is not None else tokenizer.pad_token
             content = content_length([t[0] for t in last], tokenizer.pad_token, end)
             before = sum(map(len, full))
             if trim and not segment.causal:
                 last = last[:content]
                 tokens[key] = [*full, last]
-            of_keys.append((before + len(last), before + content))
+            of_keys.append((before + len(last), slice(0, before + content)))
         lengths.append(min(length for length, _ in of_keys))  # as SD3 cuts CLIP-L and CLIP-G to the shorter one
-        contents.append(min(lengths[-1], max(content for _, content in of_keys)))
+        last = max((content for _, content in of_keys), key=lambda content: content.stop)
+        contents.append(slice(last.start, min(lengths[-1], last.stop)))
     out = []
     for embedding, options in clip.encode_from_tokens_scheduled(tokens, show_pbar=False):
-        if embedding.shape[1] != sum(lengths):
+        missing = sum(lengths) - embedding.shape[1]
+        cut = missing if present[-1].template else 0  # what the encoder leaves out of the template's beginning
+        if missing != cut or not 0 <= cut < sum(lengths):
             raise RuntimeError(
                 f"VSF: {encoder.model_class} returned {embedding.shape[1]} positions where {sum(lengths)} were "
                 "expected; this ComfyUI encodes text in a way that this version of ComfyUI-VSF does not know. Please "
                 "report it."
             )
-        segments = list(zip(present, embedding.split(lengths, dim=1), contents, strict=True))
+        parts = embedding.split([length - cut for length in lengths], dim=1)
+        kept = [slice(max(0, content.start - cut), max(0, content.stop - cut)) for content in contents]
+        segments = list(zip(present, parts, kept, strict=True))
         out.append(Encoding(segments, options.get("pooled_output"), scheduled_part(options)))
     return out
+
+
+def _words_in(clip: Any, segment: Segment, key: str, tokens: dict) -> slice:
+    """Where the words are in the tokens ``key`` of a segment with a template: between the beginning and the end that it
+    has without words, too."""
+    tokenizer = segment.present(clip)[key]
+    given, bare = ([t[0] for chunk in made[key] for t in chunk] for made in (tokens, clip.tokenize("")))
+    given, bare = (ids[: content_length(ids, tokenizer.pad_token, -1)] for ids in (given, bare))
+    start = _same(given, bare)
+    return slice(start, len(given) - _same(given[start:][::-1], bare[start:][::-1]))
+
+
+def _same(a: list, b: list) -> int:
+    """How many of their first tokens two lists share."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if not isinstance(x, int) or x != y), min(len(a), len(b)))
 
 
 def scheduled_part(options: dict) -> tuple[float, float] | None:
@@ -178,18 +213,26 @@ def _null_embeddings(clip: Any, encoder: Encoder) -> list[dict[str, Tensor]]:
     if key not in cached or clip.patcher.forced_hooks is not None:
         cached.clear()
         padded = _encodings(clip, encoder, clip.tokenize(""), trim=False)
-        cached[key] = [{s.name: null_embedding(emb, content) for s, emb, content in e.segments} for e in padded]
+        if any(content.stop >= emb.shape[1] for e in padded for _, emb, content in e.segments):
+            raise ValueError(
+                f"VSF: extrapolation compares with the padding of an empty prompt, and {encoder.title} pads none. Set "
+                "extrapolation to 0."
+            )
+        cached[key] = [{s.name: null_embedding(emb, content.stop) for s, emb, content in e.segments} for e in padded]
     return cached[key]
 
 
 def _words(clip: Any, segment: Segment, tokens: dict) -> list[str]:
-    """The text of a segment's tokens, without start, end and padding."""
+    """The text of a segment's tokens, without start, end, padding and template."""
     key, tokenizer = next(iter(segment.present(clip).items()))
-    special = {tokenizer.start_token, tokenizer.end_token, tokenizer.pad_token}
-    words = []
-    for pair in (pair for chunk in tokens[key] for pair in chunk):
-        if not isinstance(pair[0], int):
+    given = [pair[0] for chunk in tokens[key] for pair in chunk]
+    if segment.template:
+        given = [t for t in given[_words_in(clip, segment, key, tokens)] if isinstance(t, int)]
+        return [piece for t in given if (piece := tokenizer.tokenizer.decode([t]).strip())]
+    special, words = {tokenizer.start_token, tokenizer.end_token, tokenizer.pad_token}, []
+    for token in given:
+        if not isinstance(token, int):
             words.append("[embedding]")
-        elif pair[0] not in special:
-            words.append(tokenizer.inv_vocab[pair[0]].replace("</w>", "").replace("\u2581", ""))
+        elif token not in special:
+            words.append(tokenizer.inv_vocab[token].replace("</w>", "").replace("\u2581", ""))
     return words

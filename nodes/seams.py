@@ -10,7 +10,8 @@
 
 import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -184,7 +185,13 @@ class VSFPatch:
         self.family = family
 
     def install(self, patcher: Any) -> None:
-        """Add the wrappers to a cloned ``ModelPatcher``. Raises ``ValueError`` if it is patched already."""
+        """Add the wrappers to a cloned ``ModelPatcher``. Raises ``ValueError`` if it is patched already, or if this
+        family has no such layout."""
+        if self.settings.layout == "released" and self.family.released is None:
+            raise ValueError(
+                f"VSF: layout released does what the authors' own pipeline does, and they have none for "
+                f"{self.family.title}. Set layout to paper."
+            )
         kinds = comfy.patcher_extension.WrappersMP
         if patcher.get_wrappers(kinds.CALC_COND_BATCH, WRAPPER_KEY):
             raise ValueError(
@@ -351,17 +358,39 @@ class VSFPatch:
         references = self.family.reference_tokens(kwargs, diffusion_model)
         forward = self._forward(run, ours, context.shape[1], x, references, backend, RECORD_KEY in transformer_options)
         if kwargs.get("attention_mask") is not None:
-            kwargs["attention_mask"] = _grown_mask(kwargs["attention_mask"], tokens.shape[1])
-        if "pooled" in ours and (weight := self.family.released.pooled) is not None:
-            kwargs["y"] = _mixed_pooled(kwargs["y"], ours["pooled"][:, 0], weight)
+            kwargs["attention_mask"] = _grown_mask(kwargs["attention_mask"], tokens.shape[1], c_crossattn.shape[1])
+        if self._released is not None and self._released.pooled is not None and "pooled" in ours:
+            kwargs["y"] = _mixed_pooled(kwargs["y"], ours["pooled"][:, 0], self._released.pooled)
         options = self._patched_options(transformer_options, forward)
         if compiled:
             control, kwargs = told_apart(PREFIX + forward.signature(), len(run.blocks), control, kwargs)
-        result = executor(x, t, c_concat, context, control, options, **kwargs)
+        with self._positions(forward, diffusion_model, compiled):
+            result = executor(x, t, c_concat, context, control, options, **kwargs)
         self._check_reached(run, forward, compiled)
         if forward.shares is not None:
             self._hand_over(forward, forward.shares, x, references[0], transformer_options)
         return result
+
+    @contextmanager
+    def _positions(self, forward: Forward, diffusion_model: Any, compiled: bool) -> Iterator[None]:
+        """While open, N shifts no rotary position. ComfyUI has no hook for those: torch's own is on the module that
+        makes them, for the length of one call."""
+        if self.family.rotary is None:
+            yield
+            return
+        seen = []
+
+        def place(_: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            seen.append(True)
+            return self.family.positions(given[0], forward.tokens, forward.text), *given[1:]
+
+        handle = getattr(diffusion_model, self.family.rotary).register_forward_pre_hook(place)
+        try:
+            yield
+        finally:
+            handle.remove()
+        if not seen and not compiled:
+            raise changed_host(f"this model made its rotary positions without {self.family.rotary}")
 
     def _backend(self, run: Run, options: dict, device: torch.device, model: Any) -> Backend:
         """Chosen once a run for each override that it meets."""
@@ -647,11 +676,17 @@ def _path(backend: Backend, host: HostAttention, attend: LSEAttention | None) ->
     return f"row mask ({host.name if backend.deaf is None else 'PyTorch'})"
 
 
-def _grown_mask(mask: Tensor, negative: int) -> Tensor:
-    """The user's attention mask [..., 1 or L, L] over [P, I], made one over [N, P, I]; N's part is left to VSF."""
+def _grown_mask(mask: Tensor, negative: int, text: int) -> Tensor:
+    """The user's attention mask over [P, I], made one over [N, P, I]; N's part is left to VSF.
+
+    [..., 1 or L, L], or [B, P] over a ``text`` of P tokens alone: there, numbers of 0 and 1 are as good as bools.
+    """
+    over_text = mask.ndim == 2 and mask.shape[-1] == text
+    if over_text and not mask.is_floating_point():
+        return F.pad(mask, (negative, 0), value=1)
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
-    rows = negative if mask.shape[-2] > 1 else 0
+    rows = negative if mask.shape[-2] > 1 and not over_text else 0
     return F.pad(mask, (negative, 0, rows, 0))
 
 

@@ -5,11 +5,13 @@ from typing import Any
 from ..compiled import unwrapped
 from ..host_check import changed_host
 from .base import Family, Released
+from .chroma import Chroma, ChromaRadiance
 from .flux import Flux
+from .qwen_image import QwenImage
 from .sd3 import SD3
 from .wan import Wan
 
-FAMILIES: tuple[Family, ...] = (SD3(), Flux(), Wan())
+FAMILIES: tuple[Family, ...] = (SD3(), Flux(), Wan(), Chroma(), ChromaRadiance(), QwenImage())
 
 OTHER_LOADERS = {
     "ComfyFlux": "ComfyUI-nunchaku",
@@ -35,6 +37,7 @@ def family_of(model: Any) -> Family:
         family.check(model)
         for ask in (family.block_counts, family.context_width, family.head_dim):  # what a run will ask for
             ask(diffusion_model)
+        getattr(diffusion_model, family.rotary or "forward")
     except AttributeError as error:
         raise changed_host(f"this model of {family.title} is built otherwise ({error})") from error
     return family

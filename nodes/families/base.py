@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -35,7 +36,10 @@ class Family(ABC):
     """Names of the text encoders whose negatives fit (``encode.ENCODERS``)."""
     patch_size: int = 2
     """Latent pixels per image token, along each side."""
-    released: Released
+    released: Released | None = None
+    """None where the authors released no pipeline for the family."""
+    rotary: str | None = None
+    """The diffusion model's module that turns token positions into rotations, where text tokens are counted through."""
     cross: bool = False
     """Text is seen in cross-attention alone (Eq. 9): no duplication and no isolation are needed."""
 
@@ -61,6 +65,11 @@ class Family(ABC):
     def reference_tokens(self, conds: Mapping[str, Any], diffusion_model: Any) -> tuple[int, int]:
         """How many tokens of reference images the model puts before and after the image's, from its conds."""
         return 0, 0
+
+    def positions(self, ids: Tensor, negative: int, text: int) -> Tensor:
+        """The positions [B, L, axes] of a sequence that begins with a text of ``text`` tokens [N, P], as the model
+        counts them: those of P and all else as they were without N, N's those of a prompt of its own."""
+        return torch.cat([ids[:, :negative], ids[:, : text - negative], ids[:, text:]], dim=1)
 
     def grid(self, latent: Tensor) -> int:
         """Image tokens of a latent [B, C, (frames,) h, w]."""

@@ -73,3 +73,37 @@ def randomized(target, width, pooled=64, **kw):
     for p in clip.cond_stage_model.parameters():
         p.data.copy_(torch.randn(p.shape, generator=g) * 0.2)
     return clip
+
+
+def make_chroma_clip():
+    """Chroma's T5, 64 wide."""
+    import comfy.text_encoders.pixart_t5 as pixart
+
+    return randomized(ClipTarget(pixart.PixArtTokenizer, pixart.pixart_te()), 64)
+
+
+def make_language_clip(target, width=64, layers=3, **config):
+    """A CLIP whose encoder is a language model of random weights; the part of it that sees pictures has none."""
+    small = {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        **config,
+    }
+    names = ("qwen25_7b", "qwen3_4b", "qwen3_8b", "mistral3_24b", "llama")
+    options = {f"{name}_model_config": small for name in names}
+    clip = comfy.sd.CLIP(target, model_options=options, parameters=1_000_000)
+    g = torch.Generator().manual_seed(0)
+    for name, p in clip.cond_stage_model.named_parameters():
+        if ".visual." not in name:
+            p.data.copy_(torch.randn(p.shape, generator=g) * (p.shape[-1] ** -0.5 if p.ndim > 1 else 1.0))
+    return clip
+
+
+def make_qwen_image_clip():
+    """Qwen-Image's Qwen2.5-VL, 64 wide."""
+    import comfy.text_encoders.qwen_image as qwen_image
+
+    return make_language_clip(ClipTarget(qwen_image.QwenImageTokenizer, qwen_image.te()))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import comfy.ldm.flux.math as flux_math
 import comfy.ldm.modules.diffusionmodules.mmdit as mmdit
+import comfy.ldm.qwen_image.model as qwen_image
 import comfy.ldm.wan.model as wan
 import torch
 
@@ -110,7 +111,7 @@ def flux_attention(doubles):
     """Flux's attention, [B, H, L, D], in double and single blocks. Released: single blocks are plain attention."""
 
     def make(original, image, positive, n, expect, record, released, user_mask):
-        def attention(q, k, v, heads, skip_reshape=False, mask=None, **kwargs):
+        def attention(q, k, v, heads, mask=None, skip_reshape=False, **kwargs):
             assert skip_reshape and q.shape[2] == positive + n + image
             record.joint += 1
             block = record.block()
@@ -126,15 +127,38 @@ def flux_attention(doubles):
 
 
 @contextlib.contextmanager
-def replaced(module, make, **kw):
-    """While open, the module's own ``optimized_attention`` is what ``make`` makes."""
-    original = module.optimized_attention
+def replaced(module, name, make, embedder=None, **kw):
+    """While open, the module's own function ``name`` is what ``make`` makes; and a text's N has the positions of a
+    prompt of its own in the module ``embedder`` that makes rotations of them."""
+    original = getattr(module, name)
     kw["record"].blocks = 0
-    module.optimized_attention = make(original, **kw)
+    setattr(module, name, make(original, **kw))
+    if embedder is not None:
+        embedder.forward = own_positions(embedder.forward, kw["positive"], kw["n"])
     try:
         yield
     finally:
-        module.optimized_attention = original
+        setattr(module, name, original)
+        if embedder is not None:
+            del embedder.forward
+
+
+def own_positions(forward, positive, n):
+    def run(ids):
+        ids = ids.clone()
+        ids[:, positive : positive + n] = ids[:, :n].clone()
+        return forward(ids)
+
+    return run
+
+
+def seam(diffusion_model):
+    """Where a joint model's attention is: the module, the name of its function, what replaces it."""
+    if hasattr(diffusion_model, "double_blocks"):
+        return flux_math, "optimized_attention", flux_attention(len(diffusion_model.double_blocks))
+    if hasattr(diffusion_model, "transformer_blocks"):
+        return qwen_image, "optimized_attention_masked", flux_attention(len(diffusion_model.transformer_blocks))
+    return mmdit, "optimized_attention", sd3_attention
 
 
 @contextlib.contextmanager
@@ -188,10 +212,9 @@ def oracle_model(model, expects, released=False):
     record = Record()
     is_flux = hasattr(model.model.diffusion_model, "double_blocks")
     is_wan = hasattr(model.model.diffusion_model, "patch_embedding")
-    if is_flux:
-        module, make = flux_math, flux_attention(len(model.model.diffusion_model.double_blocks))
-    else:
-        module, make = mmdit, sd3_attention
+    diffusion_model = model.model.diffusion_model
+    embedder = getattr(diffusion_model, "pe_embedder", None)
+    patch = getattr(diffusion_model, "patch_size", 2)
 
     def run(apply_model, params):
         chunks = len(params["cond_or_uncond"])
@@ -211,17 +234,20 @@ def oracle_model(model, expects, released=False):
                 with wan_cross_attention(model, n.shape[1], expect, record):
                     pieces.append(apply_model(x, t, **c))
                 continue
-            image = sum(-(-z.shape[-2] // 2) * -(-z.shape[-1] // 2) for z in [x, *c.get("ref_latents", [])])
+            looked_at = [x, *(c.get("ref_latents", []) if diffusion_model.__class__.__name__ != "Chroma" else [])]
+            image = sum(-(-z.shape[-2] // patch) * -(-z.shape[-1] // patch) for z in looked_at)
             plain_copy = [n] if released and not is_flux else []
             c["c_crossattn"] = torch.cat([text, *plain_copy, n], dim=1)
             positive = c["c_crossattn"].shape[1] - n.shape[1]
             if released and is_flux:
                 c["y"] = expect.pooled + 1.1 * (c["y"] - expect.pooled)
             mask = c.pop("attention_mask", None)
-            if mask is not None:
+            if mask is not None and mask.ndim == 2:  # over the text alone, 0 where it is padding
+                mask = torch.nn.functional.pad((mask - 1.0) * 1e30, (0, n.shape[1] + image))[:, None]
+            elif mask is not None:
                 mask = _insert(_insert(mask, positive, n.shape[1], 1), positive, n.shape[1], 2)
             kw = {"image": image, "positive": positive, "n": n.shape[1], "expect": expect}
-            with replaced(module, make, record=record, released=released, user_mask=mask, **kw):
+            with replaced(*seam(diffusion_model), embedder, record=record, released=released, user_mask=mask, **kw):
                 pieces.append(apply_model(x, t, **c))
         return torch.cat(pieces)
 

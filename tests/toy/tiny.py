@@ -100,6 +100,51 @@ def flux_model(
     )
 
 
+CHROMA = {"hidden_size": 256, "num_heads": 2, "hidden_dim": 64, "out_dim": 256, "n_layers": 2}
+"""Sizes that ComfyUI's loader takes for granted, as a tiny model has them."""
+
+
+def chroma(seed: int = 0, radiance: str | None = None) -> StateDict:
+    """A Chroma-format model of random weights. ``radiance``: that of pixels, whose text is "alike" in position, or
+    "counted"."""
+    import comfy.ldm.chroma.model
+    import comfy.ldm.chroma_radiance.model
+
+    config = {
+        **CHROMA,
+        **{"in_channels": 64, "out_channels": 64, "in_dim": 64, "context_in_dim": 64, "mlp_ratio": 4.0},
+        **{"depth": 2, "depth_single_blocks": 2, "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2},
+        **{"qkv_bias": True, "txt_ids_dims": [], "vec_in_dim": None, "operations": torch.nn, "dtype": torch.float32},
+    }
+    if radiance is None:
+        return randomize(comfy.ldm.chroma.model.Chroma(**config).state_dict(), seed)
+    pixels = {
+        **{"in_channels": 3, "out_channels": 3, "patch_size": 16, "nerf_hidden_size": 64, "nerf_mlp_ratio": 4},
+        **{"nerf_depth": 4, "nerf_max_freqs": 8, "nerf_tile_size": 512, "nerf_final_head_type": "conv"},
+        **{"nerf_embedder_dtype": torch.float32, "use_x0": False},
+    }
+    if "use_sequential_txt_ids" in comfy.ldm.chroma_radiance.model.ChromaRadianceParams.__dataclass_fields__:
+        pixels["use_sequential_txt_ids"] = radiance == "counted"
+    return randomize(comfy.ldm.chroma_radiance.model.ChromaRadiance(**{**config, **pixels}).state_dict(), seed)
+
+
+QWEN_IMAGE = {"attention_head_dim": 128, "num_attention_heads": 2, "joint_attention_dim": 64}
+
+
+def qwen_image(seed: int = 0, layers: int = 3, default_ref_method: str = "index") -> StateDict:
+    """A Qwen-Image-format model of random weights; ``default_ref_method`` "index_timestep_zero" is Edit 2511's."""
+    from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
+
+    model = QwenImageTransformer2DModel(
+        **QWEN_IMAGE,
+        num_layers=layers,
+        default_ref_method=default_ref_method,
+        operations=torch.nn,
+        dtype=torch.float32,
+    )
+    return randomize(model.state_dict(), seed)
+
+
 def wan(kind: str = "t2v", seed: int = 0, **config) -> StateDict:
     """A Wan-format model of random weights, as ``wan_model`` builds it."""
     return randomize(wan_model(kind, **config).state_dict(), seed)

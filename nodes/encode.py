@@ -70,6 +70,12 @@ ENCODERS = (
         "QwenImageTEModel",
         (Segment("Qwen2.5-VL", {"qwen25_7b": "qwen25_7b"}, causal=True, template=True),),
     ),
+    Encoder(
+        "z_image",
+        "Z-Image (CLIPLoader of type lumina2)",
+        "ZImageTEModel",
+        (Segment("Qwen3", {"qwen3_4b": "qwen3_4b"}, causal=True, template=True),),
+    ),
 )
 
 

@@ -348,7 +348,7 @@ class VSFPatch:
         compiled = is_compiled(executor.class_obj.diffusion_model, transformer_options)
         if compiled:
             ours = _lengthened(ours, -ours["tokens"].shape[1] % COMPILED_MULTIPLE)
-        if self.family.cross:
+        if self.family.cross or self.family.marker is None:
             ours = self._unmistakable(ours, x, c_crossattn.shape[1], kwargs, diffusion_model)
         tokens = ours["tokens"].to(c_crossattn)
         backend = self._backend(run, transformer_options, x.device, executor.class_obj)
@@ -356,7 +356,9 @@ class VSFPatch:
         copy = [tokens] if self._released is not None and self._released.copy else []
         context = torch.cat([tokens, c_crossattn, *copy], dim=1)
         references = self.family.reference_tokens(kwargs, diffusion_model)
-        forward = self._forward(run, ours, context.shape[1], x, references, backend, RECORD_KEY in transformer_options)
+        padding = self.family.image_padding(x, diffusion_model)
+        text = context.shape[1] + -context.shape[1] % self.family.text_multiple(diffusion_model)
+        forward = self._forward(run, ours, text, x, (*references, padding), backend, RECORD_KEY in transformer_options)
         if kwargs.get("attention_mask") is not None:
             kwargs["attention_mask"] = _grown_mask(kwargs["attention_mask"], tokens.shape[1], c_crossattn.shape[1])
         if self._released is not None and self._released.pooled is not None and "pooled" in ours:
@@ -389,7 +391,7 @@ class VSFPatch:
             yield
         finally:
             handle.remove()
-        if not seen and not compiled:
+        if not seen and not compiled and forward.reached.any():
             raise changed_host(f"this model made its rotary positions without {self.family.rotary}")
 
     def _backend(self, run: Run, options: dict, device: torch.device, model: Any) -> Backend:
@@ -411,7 +413,7 @@ class VSFPatch:
         ours: dict,
         text: int,
         latent: Tensor,
-        references: tuple[int, int],
+        references: tuple[int, int, int],
         backend: Backend,
         recorded: bool,
     ) -> Forward:
@@ -453,17 +455,23 @@ class VSFPatch:
         shares = shares[:, :, before : before + self.family.grid(latent)]
         options[RECORD_KEY].add(shares, counts, latent.shape, window and window[1], options)
 
-    def _image_bias(self, bias: Tensor, mask: Tensor | None, latent: Tensor, references: tuple[int, int]) -> Tensor:
-        """Beta per token [B, 1, n or 1], plus masks and what reference images may see: [B, I or 1, n or 1]."""
-        affected = self.settings.affect_references
-        if mask is None and (affected or not any(references)):
+    def _image_bias(self, bias: Tensor, mask: Tensor | None, latent: Tensor, others: tuple[int, int, int]) -> Tensor:
+        """Beta per token [B, 1, n or 1], plus masks and what reference images may see: [B, I or 1, n or 1].
+
+        ``others``: tokens of reference images before and after the image's, and padding behind them.
+        """
+        shown = (self.settings.affect_references, self.settings.affect_references, False)
+        if mask is None and all(see for count, see in zip(others, shown, strict=True) if count):
             return bias
         if mask is None:
             mask = torch.ones(1, 1, *latent.shape[2:], device=latent.device)
         inside = self.family.image_tokens(mask.float())
-        before, after = (inside.new_full((inside.shape[0], n, inside.shape[2]), float(affected)) for n in references)
+        size = inside.shape[0], inside.shape[2]
+        before, after, padding = (
+            inside.new_full((size[0], count, size[1]), float(see)) for count, see in zip(others, shown, strict=True)
+        )
         # -log m: a soft mask scales the negative's attention weight by m; outside (m = 0) it is +inf, exactly
-        return bias - torch.log(torch.cat([before, inside, after], dim=1))
+        return bias - torch.log(torch.cat([before, inside, after, padding], dim=1))
 
     def _unmistakable(self, ours: dict, latent: Tensor, positive: int, conds: dict, diffusion_model: Any) -> dict:
         """``ours`` with N padded until no other attention of the model has as many keys as the text stream.
@@ -473,16 +481,22 @@ class VSFPatch:
         """
         before, after = self.family.reference_tokens(conds, diffusion_model)
         video = self.family.grid(latent)
-        taken = {video, video + before, video + after, video + before + after}
+        padding = self.family.image_padding(latent, diffusion_model)
+        taken = {video, video + before, video + after, video + before + after, video + padding}
         if conds.get("clip_fea") is not None:
             taken.add(conds["clip_fea"].shape[-2])
-        extra = next(e for e in itertools.count() if positive + ours["tokens"].shape[1] + e not in taken)
+        n, multiple = ours["tokens"].shape[1], self.family.text_multiple(diffusion_model)
+        positive += -positive % multiple  # which the model fills up by itself, if N before it comes out even
+        extra = next(e for e in itertools.count(-n % multiple, multiple) if positive + n + e not in taken)
         return _lengthened(ours, extra) if extra else ours
 
     def _patched_options(self, options: dict, forward: Forward) -> dict:
         """A copy of ``transformer_options`` in which each block's patch is wrapped, so that we know where we are."""
         if self.family.cross:  # for the whole forward: VACE's blocks run outside the block patches
             options = {**options, OVERRIDE: partial(_cross_override, options.get(OVERRIDE))}
+        if self.family.marker is None:
+            options = {key: value for key, value in options.items() if key != "block_index"}
+            return {**options, FORWARD_KEY: forward, OVERRIDE: partial(_unmarked_override, options.get(OVERRIDE))}
         replace = options.get("patches_replace", {})
         dit, result = dict(replace.get("dit", {})), {}
         for position, block in enumerate(forward.run.blocks):
@@ -496,6 +510,8 @@ class VSFPatch:
         A compiled model that runs no block used a graph from a run without VSF.
         """
         ran, reached, _ = forward.reached
+        if self.family.marker is None:  # nothing tells of a block but its attention: all ran, or none
+            ran = torch.ones_like(ran) * reached.any()
         if not ran.any():
             error = RuntimeError(
                 "VSF: no block of this model ran through ComfyUI's block patches, so the negative had no effect. "
@@ -642,15 +658,46 @@ def _cross_override(previous: Callable | None, func: Callable, *args: Any, **kwa
     return host.join(out)
 
 
+def _unmarked_override(previous: Callable | None, func: Callable, *args: Any, **kwargs: Any) -> Tensor:
+    """ComfyUI's attention call in a joint model without block patches: inside its blocks the sequence is [N, P, I];
+    before them, where text attends to text, N and P are kept apart."""
+    host = HostAttention(previous, func, *args, **kwargs)
+    forward: Forward = host.options[FORWARD_KEY]
+    if "block_index" not in host.options:
+        return _kept_apart(host, forward) if host.keys == forward.text else host.unchanged()
+    block = ("double", host.options["block_index"])
+    if block not in forward.run.blocks or host.keys <= forward.text:
+        raise changed_host(f"block {block[1]} attends to {host.keys} tokens, {forward.text} of them text")
+    position = forward.run.blocks.index(block)
+    layout = TokenLayout(host.keys - forward.text, forward.text - forward.tokens, forward.tokens)
+    return _joint(host, layout, forward.place(block, forward.reached[1, position], forward.note(position)))
+
+
+def _kept_apart(host: HostAttention, forward: Forward) -> Tensor:
+    """Attention of the text [N, P] to itself, as of two texts."""
+    (q, k, v), n, padding = host.split(), forward.tokens, forward.padding
+    hidden = None
+    if padding is not None:  # where all of N is padding it sees itself: nothing sees it
+        hidden = padding & ~padding.all(dim=-1, keepdim=True)
+        hidden = torch.zeros_like(hidden, dtype=q.dtype).masked_fill(hidden, -torch.inf)[:, None, None]
+    own = forward.backend.masked(host)(q[:, :, :n], k[:, :, :n], v[:, :, :n], hidden)
+    rest = host.black_box(q[:, :, n:], k[:, :, n:], v[:, :, n:], host.mask)
+    return host.join(torch.cat([own, rest], dim=2))
+
+
 def _joint_override(
     layout: TokenLayout, previous: Callable | None, func: Callable, *args: Any, **kwargs: Any
 ) -> Tensor:
     """ComfyUI's attention call inside a joint block: VSF where its keys are the joint sequence."""
     host = HostAttention(previous, func, *args, **kwargs)
-    forward: Forward = host.options[FORWARD_KEY]
     if host.keys != layout.length:
         return host.unchanged()
-    place: Place = host.options[PLACE_KEY]
+    return _joint(host, layout, host.options[PLACE_KEY])
+
+
+def _joint(host: HostAttention, layout: TokenLayout, place: Place) -> Tensor:
+    """VSF's attention over a joint sequence."""
+    forward: Forward = host.options[FORWARD_KEY]
     q, k, v = host.split()
     mask = _total_mask(host.mask, layout, place.kind, forward, q.dtype)
     attend = forward.backend.attention(host) if mask is None else None

@@ -10,8 +10,9 @@ from .flux import Flux
 from .qwen_image import QwenImage
 from .sd3 import SD3
 from .wan import Wan
+from .z_image import ZImage
 
-FAMILIES: tuple[Family, ...] = (SD3(), Flux(), Wan(), Chroma(), ChromaRadiance(), QwenImage())
+FAMILIES: tuple[Family, ...] = (SD3(), Flux(), Wan(), Chroma(), ChromaRadiance(), QwenImage(), ZImage())
 
 OTHER_LOADERS = {
     "ComfyFlux": "ComfyUI-nunchaku",

@@ -42,6 +42,9 @@ class Family(ABC):
     """The diffusion model's module that turns token positions into rotations, where text tokens are counted through."""
     cross: bool = False
     """Text is seen in cross-attention alone (Eq. 9): no duplication and no isolation are needed."""
+    marker: str | None = "dit"
+    """How a block tells that it runs: "dit", through its entry in ``patches_replace``; None where ComfyUI asks for
+    none: then each block must show its attention over text, known by ``block_index``."""
 
     def check(self, model: Any) -> None:  # noqa: B027 (most families have nothing to refuse)
         """Raise ``ValueError`` for a variant of the family that VSF cannot serve."""
@@ -58,13 +61,22 @@ class Family(ABC):
     def head_dim(self, diffusion_model: Any) -> int:
         """Channels of one attention head."""
 
-    @abstractmethod
     def layout(self, kind: str, args: Mapping[str, Any], negative: int) -> TokenLayout:
         """The joint sequence inside a block of type ``kind``, from the arguments ComfyUI hands to a block patch."""
+        raise NotImplementedError(f"{self.title} has no block patches with a joint sequence")
 
     def reference_tokens(self, conds: Mapping[str, Any], diffusion_model: Any) -> tuple[int, int]:
         """How many tokens of reference images the model puts before and after the image's, from its conds."""
         return 0, 0
+
+    def text_multiple(self, diffusion_model: Any) -> int:
+        """The model fills its text up, at the end, to a multiple of so many tokens."""
+        return 1
+
+    def image_padding(self, latent: Tensor, diffusion_model: Any) -> int:
+        """How many tokens the model puts behind all others to fill the image up: no part of the picture, they never
+        see N."""
+        return 0
 
     def positions(self, ids: Tensor, negative: int, text: int) -> Tensor:
         """The positions [B, L, axes] of a sequence that begins with a text of ``text`` tokens [N, P], as the model

@@ -107,3 +107,10 @@ def make_qwen_image_clip():
     import comfy.text_encoders.qwen_image as qwen_image
 
     return make_language_clip(ClipTarget(qwen_image.QwenImageTokenizer, qwen_image.te()))
+
+
+def make_z_image_clip():
+    """Z-Image's Qwen3, 64 wide."""
+    import comfy.text_encoders.z_image as z_image
+
+    return make_language_clip(ClipTarget(z_image.ZImageTokenizer, z_image.te()))

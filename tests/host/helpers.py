@@ -49,6 +49,11 @@ def load_qwen_image(**kw):
     return load_sized(tiny.qwen_image(**kw), tiny.QWEN_IMAGE)
 
 
+def load_z_image(**kw):
+    """A tiny random Z-Image."""
+    return load_sized(tiny.z_image(**kw), tiny.Z_IMAGE)
+
+
 def text(length, seed, width=64, batch=1):
     g = torch.Generator().manual_seed(seed)
     return torch.randn(batch, length, width, generator=g)

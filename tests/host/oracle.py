@@ -5,9 +5,11 @@ and appends the negative at the END of the text (the pack puts it first). Entrie
 """
 
 import contextlib
+import dataclasses
 from dataclasses import dataclass, field
 
 import comfy.ldm.flux.math as flux_math
+import comfy.ldm.lumina.model as lumina
 import comfy.ldm.modules.diffusionmodules.mmdit as mmdit
 import comfy.ldm.qwen_image.model as qwen_image
 import comfy.ldm.wan.model as wan
@@ -60,11 +62,11 @@ def dense(q, k, v, heads, allowed, bias, seen=None):
     return (logits.softmax(-1) @ v).transpose(1, 2).reshape(b, -1, c)
 
 
-def listing_1(q, k, v, heads, image, positive, n, expect, block, user_mask=None, record=None):
+def listing_1(q, k, v, heads, image, positive, n, expect, block, user_mask=None, record=None, padding=0):
     """Sequence [P, N0, I] (text first, as the model file builds it), keys of N1 appended. q, k, v [B, L, H*D].
 
     In the released pipeline's [P, N, N0] the plain copy N is ordinary text: it counts as the end of P here.
-    ``user_mask``: additive, [B, L, L] over the sequence.
+    ``user_mask``: additive, [B, L, L] over the sequence; ``padding``: how many of N's last tokens nobody sees.
     """
     length = positive + n + image
     p, n0, i = slice(0, positive), slice(positive, positive + n), slice(positive + n, length)
@@ -77,6 +79,8 @@ def listing_1(q, k, v, heads, image, positive, n, expect, block, user_mask=None,
     allowed[i, i] = allowed[i, p] = allowed[i, n1] = True
     allowed[p, i] = allowed[p, p] = True
     allowed[n0, i] = allowed[n0, n0] = True
+    if padding:
+        allowed[:, n0.stop - padding : n0.stop] = allowed[:, -padding:] = False
     bias = torch.zeros(length, length + n, dtype=torch.float64)
     bias[i, n1] -= expect.beta
     if expect.keep is not None:
@@ -152,6 +156,52 @@ def own_positions(forward, positive, n):
     return run
 
 
+@contextlib.contextmanager
+def z_image(dit, negative, inside, expect, record):
+    """While open, Z-Image embeds N as a text of its own, with its filling, behind P, and [P, N, I] is Listing 1;
+    the texts refine themselves apart; what fills N or the image up is not seen or sees no N; the image keeps its
+    positions. inside: the picture's tokens."""
+    real, lengths = negative.shape[1], []
+    embed, rotate, attend = dit.embed_cap, dit.rope_embedder.forward, lumina.optimized_attention_masked
+    refiners = [True] * len(dit.context_refiner) + [False] * len(dit.noise_refiner)
+
+    def both_texts(cap_feats, *args, **kw):
+        (p, p_rotations, length), (n, n_rotations, _) = (embed(t, *args, **kw) for t in (cap_feats, negative))
+        return (torch.cat([p[0], n[0]], 1),), (torch.cat([p_rotations[0], n_rotations[0]], 1),), length
+
+    def rotations(ids):
+        if len(lengths) == 2:  # asked for P, N, the image
+            ids = ids.clone()
+            ids[..., 0] -= lengths[1] * (ids[..., 0] > 0)
+        lengths.append(ids.shape[1])
+        return rotate(ids)
+
+    def attention(q, k, v, heads, mask=None, transformer_options=None, **kw):
+        (positive, n, image), length = lengths, q.shape[2]
+        flat = [t.transpose(1, 2).flatten(2) for t in (q, k, v)]
+        if "block_index" in transformer_options:
+            assert length == positive + n + image
+            record.joint += 1
+            keep = torch.zeros(image, n)
+            keep[:inside, :real] = 1.0 if expect.keep is None else expect.keep
+            full = dataclasses.replace(expect, keep=keep)
+            return listing_1(*flat, heads, image, positive, n, full, record.block(), record=record, padding=n - real)
+        if refiners.pop(0):
+            allowed = torch.zeros(length, length, dtype=torch.bool)
+            allowed[:positive, :positive] = allowed[positive:, positive : positive + real] = True
+            return dense(*flat, heads, allowed, torch.zeros(1, dtype=torch.float64)).to(q.dtype)
+        assert length == image
+        return attend(q, k, v, heads, mask, transformer_options=transformer_options, **kw)
+
+    record.blocks = 0
+    dit.embed_cap, dit.rope_embedder.forward, lumina.optimized_attention_masked = both_texts, rotations, attention
+    try:
+        yield
+    finally:
+        del dit.embed_cap, dit.rope_embedder.forward
+        lumina.optimized_attention_masked = attend
+
+
 def seam(diffusion_model):
     """Where a joint model's attention is: the module, the name of its function, what replaces it."""
     if hasattr(diffusion_model, "double_blocks"):
@@ -213,6 +263,7 @@ def oracle_model(model, expects, released=False):
     is_flux = hasattr(model.model.diffusion_model, "double_blocks")
     is_wan = hasattr(model.model.diffusion_model, "patch_embedding")
     diffusion_model = model.model.diffusion_model
+    is_z_image = hasattr(diffusion_model, "context_refiner")
     embedder = getattr(diffusion_model, "pe_embedder", None)
     patch = getattr(diffusion_model, "patch_size", 2)
 
@@ -232,6 +283,11 @@ def oracle_model(model, expects, released=False):
             if is_wan:
                 c["c_crossattn"] = torch.cat([text, n], dim=1)
                 with wan_cross_attention(model, n.shape[1], expect, record):
+                    pieces.append(apply_model(x, t, **c))
+                continue
+            if is_z_image:
+                inside = -(-x.shape[-2] // 2) * -(-x.shape[-1] // 2)
+                with z_image(diffusion_model, n, inside, expect, record):
                     pieces.append(apply_model(x, t, **c))
                 continue
             looked_at = [x, *(c.get("ref_latents", []) if diffusion_model.__class__.__name__ != "Chroma" else [])]

@@ -5,7 +5,14 @@ import math
 
 import pytest
 import torch
-from encoders import make_chroma_clip, make_clip, make_flux_clip, make_qwen_image_clip, make_wan_clip
+from encoders import (
+    make_chroma_clip,
+    make_clip,
+    make_flux_clip,
+    make_qwen_image_clip,
+    make_wan_clip,
+    make_z_image_clip,
+)
 from helpers import conditioning, load_sd3, relative, sample
 
 PROMPTS = ["roof", "a house with a red roof, wow!!!", "(roof:1.3) and (door)", "naïve café 屋根 🏠", "word " * 120]
@@ -210,7 +217,7 @@ def test_wan_negative_keeps_exactly_its_own_tokens(pack, wan_clip):
 # -- language models: words inside a template
 
 
-TEMPLATES = {"chroma": make_chroma_clip, "qwen_image": make_qwen_image_clip}
+TEMPLATES = {"chroma": make_chroma_clip, "qwen_image": make_qwen_image_clip, "z_image": make_z_image_clip}
 WORDS = ["roof", "a house with a red roof, wow!!!", "naïve café 屋根 🏠", "(roof:1.3) and (door)", "word " * 120]
 
 

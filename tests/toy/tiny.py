@@ -31,7 +31,7 @@ def fill_(key: str, weight: Tensor, g: torch.Generator, qk_gain: float = 1.5) ->
         ("ln_q.weight", "ln_k.weight", "norm_q.weight", "norm_k.weight", "query_norm.scale", "key_norm.scale")
     ):
         return weight.fill_(qk_gain)
-    if key.endswith("pos_embed"):
+    if key.endswith(("pos_embed", "pad_token")):
         return weight.normal_(generator=g)
     if weight.ndim >= 2:
         return weight.normal_(generator=g).mul_(weight[0].numel() ** -0.5)
@@ -143,6 +143,21 @@ def qwen_image(seed: int = 0, layers: int = 3, default_ref_method: str = "index"
         dtype=torch.float32,
     )
     return randomize(model.state_dict(), seed)
+
+
+Z_IMAGE = {
+    **{"n_heads": 2, "n_kv_heads": 2, "axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512], "rope_theta": 256.0},
+    **{"ffn_dim_multiplier": 8 / 3, "z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32},
+}
+"""What the loader reads off the width of the real Z-Image."""
+
+
+def z_image(seed: int = 0, layers: int = 3) -> StateDict:
+    """A Z-Image-format model of random weights."""
+    from comfy.ldm.lumina.model import NextDiT
+
+    config = {"dim": 256, "cap_feat_dim": 64, "n_layers": layers, "qk_norm": True, "in_channels": 16}
+    return randomize(NextDiT(**config, **Z_IMAGE, operations=torch.nn, dtype=torch.float32).state_dict(), seed)
 
 
 def wan(kind: str = "t2v", seed: int = 0, **config) -> StateDict:

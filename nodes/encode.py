@@ -76,6 +76,19 @@ ENCODERS = (
         "ZImageTEModel",
         (Segment("Qwen3", {"qwen3_4b": "qwen3_4b"}, causal=True, template=True),),
     ),
+    Encoder(
+        "flux2",
+        "Flux.2 (CLIPLoader of type flux2)",
+        "Flux2TEModel",
+        (
+            Segment(
+                "Mistral or Qwen3",
+                {name: name for name in ("mistral3_24b", "qwen3_4b", "qwen3_8b")},
+                causal=True,
+                template=True,
+            ),
+        ),
+    ),
 )
 
 
@@ -219,10 +232,10 @@ def _null_embeddings(clip: Any, encoder: Encoder) -> list[dict[str, Tensor]]:
     if key not in cached or clip.patcher.forced_hooks is not None:
         cached.clear()
         padded = _encodings(clip, encoder, clip.tokenize(""), trim=False)
-        if any(content.stop >= emb.shape[1] for e in padded for _, emb, content in e.segments):
+        if any(s.template or content.stop >= emb.shape[1] for e in padded for s, emb, content in e.segments):
             raise ValueError(
-                f"VSF: extrapolation compares with the padding of an empty prompt, and {encoder.title} pads none. Set "
-                "extrapolation to 0."
+                "VSF: extrapolation compares with the padding of an empty prompt, which only the text encoders of "
+                f"SD3, Flux.1 and Wan have as the paper means it, not that of {encoder.title}. Set extrapolation to 0."
             )
         cached[key] = [{s.name: null_embedding(emb, content.stop) for s, emb, content in e.segments} for e in padded]
     return cached[key]

@@ -384,7 +384,7 @@ class VSFPatch:
 
         def place(_: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             seen.append(True)
-            return self.family.positions(given[0], forward.tokens, forward.text), *given[1:]
+            return self.family.positions(given[0], forward.tokens, forward.text, diffusion_model), *given[1:]
 
         handle = getattr(diffusion_model, self.family.rotary).register_forward_pre_hook(place)
         try:

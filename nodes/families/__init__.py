@@ -7,12 +7,13 @@ from ..host_check import changed_host
 from .base import Family, Released
 from .chroma import Chroma, ChromaRadiance
 from .flux import Flux
+from .flux2 import Flux2
 from .qwen_image import QwenImage
 from .sd3 import SD3
 from .wan import Wan
 from .z_image import ZImage
 
-FAMILIES: tuple[Family, ...] = (SD3(), Flux(), Wan(), Chroma(), ChromaRadiance(), QwenImage(), ZImage())
+FAMILIES: tuple[Family, ...] = (SD3(), Flux(), Wan(), Chroma(), ChromaRadiance(), QwenImage(), ZImage(), Flux2())
 
 OTHER_LOADERS = {
     "ComfyFlux": "ComfyUI-nunchaku",

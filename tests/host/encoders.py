@@ -82,19 +82,17 @@ def make_chroma_clip():
     return randomized(ClipTarget(pixart.PixArtTokenizer, pixart.pixart_te()), 64)
 
 
-def make_language_clip(target, width=64, layers=3, **config):
-    """A CLIP whose encoder is a language model of random weights; the part of it that sees pictures has none."""
+def make_language_clip(target, layers=3, tokenizer_data=None, **config):
+    """A CLIP of a language model with random weights, 64 wide; the part of it that sees pictures has none."""
     small = {
-        "hidden_size": width,
-        "intermediate_size": 2 * width,
+        **tiny_config(64),
         "num_hidden_layers": layers,
-        "num_attention_heads": 2,
         "num_key_value_heads": 1,
         **config,
     }
     names = ("qwen25_7b", "qwen3_4b", "qwen3_8b", "mistral3_24b", "llama")
     options = {f"{name}_model_config": small for name in names}
-    clip = comfy.sd.CLIP(target, model_options=options, parameters=1_000_000)
+    clip = comfy.sd.CLIP(target, model_options=options, parameters=1_000_000, tokenizer_data=tokenizer_data or {})
     g = torch.Generator().manual_seed(0)
     for name, p in clip.cond_stage_model.named_parameters():
         if ".visual." not in name:
@@ -114,3 +112,25 @@ def make_z_image_clip():
     import comfy.text_encoders.z_image as z_image
 
     return make_language_clip(ClipTarget(z_image.ZImageTokenizer, z_image.te()))
+
+
+def make_klein_clip():
+    """Flux.2 Klein's Qwen3, 64 wide: three of its layers, side by side."""
+    import comfy.text_encoders.flux as flux
+
+    return make_language_clip(ClipTarget(flux.KleinTokenizer, flux.klein_te()), layers=28)
+
+
+def make_flux2_clip():
+    """Flux.2 Dev's Mistral, 64 wide, in ComfyUI's real template. The real vocabulary comes with the weights: Qwen's
+    stands in, with Mistral's marks as tokens of their own."""
+    import comfy.text_encoders.flux as flux
+    import comfy.text_encoders.z_image as z_image
+
+    class Marked(z_image.Qwen3Tokenizer):
+        def __init__(self, **kw):
+            super().__init__(**kw)
+            self.tokenizer.add_tokens(["[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]"], special_tokens=True)
+
+    target = ClipTarget(flux.Flux2Tokenizer, flux.flux2_te())
+    return make_language_clip(target, 31, {"mistral3_24b_tokenizer_class": Marked}, vocab_size=152064)

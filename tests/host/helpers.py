@@ -39,6 +39,11 @@ def load_sized(state, sizes):
         comfy.model_detection.model_config_from_unet = original
 
 
+def load_flux2(**kw):
+    """A tiny random Flux.2."""
+    return comfy.sd.load_diffusion_model_state_dict(tiny.flux2(**kw))
+
+
 def load_chroma(**kw):
     """A tiny random Chroma, or Chroma Radiance."""
     return load_sized(tiny.chroma(**kw), tiny.CHROMA)

@@ -131,14 +131,14 @@ def flux_attention(doubles):
 
 
 @contextlib.contextmanager
-def replaced(module, name, make, embedder=None, **kw):
+def replaced(module, name, make, embedder=None, at_end=False, **kw):
     """While open, the module's own function ``name`` is what ``make`` makes; and a text's N has the positions of a
-    prompt of its own in the module ``embedder`` that makes rotations of them."""
+    prompt of its own in the module ``embedder`` that makes rotations of them: the first, or those ``at_end`` of P's."""
     original = getattr(module, name)
     kw["record"].blocks = 0
     setattr(module, name, make(original, **kw))
     if embedder is not None:
-        embedder.forward = own_positions(embedder.forward, kw["positive"], kw["n"])
+        embedder.forward = own_positions(embedder.forward, kw["positive"], kw["n"], at_end)
     try:
         yield
     finally:
@@ -147,10 +147,12 @@ def replaced(module, name, make, embedder=None, **kw):
             del embedder.forward
 
 
-def own_positions(forward, positive, n):
+def own_positions(forward, positive, n, at_end):
+    start = max(0, positive - n) if at_end else 0
+
     def run(ids):
         ids = ids.clone()
-        ids[:, positive : positive + n] = ids[:, :n].clone()
+        ids[:, positive : positive + n] = ids[:, start : start + n].clone()
         return forward(ids)
 
     return run
@@ -303,7 +305,11 @@ def oracle_model(model, expects, released=False):
             elif mask is not None:
                 mask = _insert(_insert(mask, positive, n.shape[1], 1), positive, n.shape[1], 2)
             kw = {"image": image, "positive": positive, "n": n.shape[1], "expect": expect}
-            with replaced(*seam(diffusion_model), embedder, record=record, released=released, user_mask=mask, **kw):
+            is_flux2 = hasattr(diffusion_model, "double_stream_modulation_img")
+            at_end = is_flux2 and hasattr(diffusion_model.guidance_in, "in_layer")  # Dev
+            with replaced(
+                *seam(diffusion_model), embedder, at_end, record=record, released=released, user_mask=mask, **kw
+            ):
                 pieces.append(apply_model(x, t, **c))
         return torch.cat(pieces)
 

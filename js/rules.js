@@ -15,43 +15,50 @@ const DROPS = new Set(["ConditioningAverage", "ConditioningConcat"]);
 
 /**
  * @typedef {import("./graph.js").Place} Place
- * @typedef {{node: any, key: string, values?: Record<string, unknown>}} Finding a message's key, for a node
+ * @typedef {{node: GraphNode, key: string, values?: Record<string, unknown>}} Finding a message's key, for a node
+ * @typedef {{place: Place, patches: Place[], negatives: Place[]}} Use what reaches a sampler
  */
 
 /**
  * A node that takes a model and conditioning to use them: a sampler or a guider.
- * @param {any} node
+ * @param {GraphNode} node
  */
 export function isSampler(node) {
+  /** @type {(slots: Slot[] | undefined, type: string) => boolean} */
   const has = (slots, type) => (slots ?? []).some((slot) => slot.type === type);
   return has(node.inputs, "MODEL") && has(node.inputs, "CONDITIONING") && !has(node.outputs, "MODEL");
 }
 
 /**
  * The name of a sampler's model input, and those of the conditionings that it draws towards.
- * @param {any} node
+ * @param {GraphNode} node
  * @returns {{model: string, positives: string[]}}
  */
 export function samplerInputs(node) {
+  /** @param {string} type */
   const names = (type) => node.inputs.filter((input) => input.type === type).map((input) => input.name);
   return { model: names("MODEL")[0], positives: names("CONDITIONING").filter((name) => name !== "negative") };
 }
 
 /**
  * Whether a rule can ever have something to say on this node.
- * @param {any} node
+ * @param {GraphNode} node
  */
 export function canHaveBadge(node) {
-  const type = String(node.comfyClass);
+  const type = classOf(node);
   return [PATCH, NEGATIVE].includes(type) || DROPS.has(type) || /CLIPLoader/.test(type) || REFUSED.test(type) || isSampler(node);
 }
 
-const kept = (node, input) => !(DROPS.has(node.comfyClass) && input.name === "conditioning_from");
+/** @param {GraphNode} node */
+const classOf = (node) => node.comfyClass ?? "";
+/** @type {(node: GraphNode, input: Slot) => boolean} */
+const kept = (node, input) => !(DROPS.has(classOf(node)) && input.name === "conditioning_from");
+/** @type {(found: Place[], name: string) => Place[]} */
 const ofClass = (found, name) => found.filter((place) => place.node.comfyClass === name);
 
 /**
  * Everything worth a badge.
- * @param {any} graph the workflow's outermost graph
+ * @param {Graph | undefined} graph the workflow's outermost graph
  * @returns {Finding[]}
  */
 export function findings(graph) {
@@ -65,13 +72,16 @@ export function findings(graph) {
     ...unmet(patches, uses, "patches", "negatives", "noNegative"),
     ...negatives.filter(isEmpty).map(({ node }) => ({ node, key: "empty" })),
     ...uses.flatMap(highCfg),
-    ...all.filter(({ node }) => DROPS.has(node.comfyClass)).flatMap(dropped),
+    ...all.filter(({ node }) => DROPS.has(classOf(node))).flatMap(dropped),
     ...patches.flatMap(refusedLoader),
     ...negatives.flatMap(unknownEncoder),
   ];
 }
 
-/** What reaches a sampler. */
+/**
+ * @param {Place} place
+ * @returns {Use}
+ */
 function useOf(place) {
   const { model, positives } = samplerInputs(place.node);
   return {
@@ -81,7 +91,15 @@ function useOf(place) {
   };
 }
 
-/** Those that reach samplers, but none that has what they need. */
+/**
+ * Those that reach samplers, but none that has what they need.
+ * @param {Place[]} nodes
+ * @param {Use[]} uses
+ * @param {"patches" | "negatives"} own
+ * @param {"patches" | "negatives"} needed
+ * @param {string} key
+ * @returns {Finding[]}
+ */
 function unmet(nodes, uses, own, needed, key) {
   const met = new Set();
   const reaching = new Set();
@@ -93,31 +111,36 @@ function unmet(nodes, uses, own, needed, key) {
   return [...reaching].filter((node) => !met.has(node)).map((node) => ({ node, key }));
 }
 
+/** @param {Place} place */
 function isEmpty(place) {
   const text = valueOf(place, "text");
   return typeof text === "string" && !text.trim() && !isConnected(place, "negative");
 }
 
+/** @type {(use: Use) => Finding[]} */
 function highCfg({ place, patches, negatives }) {
   const cfg = valueOf(place, "cfg");
   const burns = patches.length && negatives.length && typeof cfg === "number" && cfg > HIGHEST_CFG;
   return burns ? [{ node: place.node, key: "cfg", values: { cfg } }] : [];
 }
 
+/** @type {(place: Place) => Finding[]} */
 function dropped(place) {
   const lost = ofClass(upstream(place, "conditioning_from", kept), NEGATIVE);
   return lost.length ? [{ node: place.node, key: "dropped" }] : [];
 }
 
+/** @type {(patch: Place) => Finding[]} */
 function refusedLoader(patch) {
-  const loaders = upstream(patch, "model").filter(({ node }) => REFUSED.test(node.comfyClass));
+  const loaders = upstream(patch, "model").filter(({ node }) => REFUSED.test(classOf(node)));
   return loaders.map(({ node }) => ({ node, key: "loader" }));
 }
 
+/** @type {(negative: Place) => Finding[]} */
 function unknownEncoder(negative) {
   return upstream(negative, "clip").flatMap((place) => {
     const type = place.node.comfyClass === "QuadrupleCLIPLoader" ? "hidream" : valueOf(place, "type");
-    const isLoader = /CLIPLoader/.test(place.node.comfyClass) && typeof type === "string";
+    const isLoader = /CLIPLoader/.test(classOf(place.node)) && typeof type === "string";
     return isLoader && !ENCODERS.has(type) ? [{ node: place.node, key: "encoder", values: { type } }] : [];
   });
 }

@@ -16,32 +16,43 @@ const LEAST_WIDTH = 340; // wide enough for the names of the presets
  * @typedef {{place: Place, index: number}} Consumer
  */
 
-/** Where a node of the shown graph runs; the first time, when its subgraph is used more than once. */
+/**
+ * Where a node of the shown graph runs; the first time, when its subgraph is used more than once.
+ * @param {GraphNode} node
+ */
 function placeOf(node) {
   return [...places(rootGraph(app))].find((place) => place.node === node);
 }
 
-/** The consumer to splice in front of: out of subgraphs, as long as what it gets comes from outside. */
+/**
+ * The consumer to splice in front of: out of subgraphs, as long as what it gets comes from outside.
+ * @type {(place: Place, name: string) => Consumer}
+ */
 function outermost(place, name) {
   let at = { place, index: place.node.inputs.findIndex((input) => input.name === name) };
   for (;;) {
     const link = linkInto(at);
-    const goesOut = comesFromOutside(link) && at.place.outer?.node.inputs[link.origin_slot]?.link != null;
-    if (!goesOut) return at;
-    at = { place: at.place.outer, index: link.origin_slot };
+    const { outer } = at.place;
+    if (!link || !outer || !comesFromOutside(link) || outer.node.inputs[link.origin_slot]?.link == null) return at;
+    at = { place: outer, index: link.origin_slot };
   }
 }
 
+/** @param {Consumer} consumer */
 function linkInto({ place, index }) {
   const input = place.node.inputs[index];
   return input?.link == null ? null : place.node.graph.getLink(input.link);
 }
 
+/** @type {(place: Place, name: string, wanted: string) => boolean} */
 function passes(place, name, wanted) {
   return upstream(place, name).some(({ node }) => node.comfyClass === wanted);
 }
 
-/** What a sampler lacks. */
+/**
+ * What a sampler lacks.
+ * @param {GraphNode} node
+ */
 function lacks(node) {
   const place = placeOf(node);
   if (!place) return null;
@@ -53,13 +64,13 @@ function lacks(node) {
 
 /**
  * Adds what samplers lack; those that share a positive share its negative too.
- * @param {any[]} nodes
+ * @param {GraphNode[]} nodes
  */
 function addTo(nodes) {
   const wanted = nodes.map(lacks).filter((lack) => lack !== null);
   if (!wanted.length) return;
   let isMissingClip = false;
-  /** @type {any[]} */
+  /** @type {GraphNode[]} */
   const added = [];
   app.canvas.emitBeforeChange();
   try {
@@ -79,7 +90,13 @@ function addTo(nodes) {
   if (isMissingClip) app.extensionManager.toast.add({ severity: "warn", summary: "VSF", detail: say("noClip") });
 }
 
-/** A new node in front of a consumer, on what comes in there; the other samplers among `nodes` that get the same too. */
+/**
+ * A new node in front of a consumer, on what comes in there; the other samplers among `nodes` that get the same too.
+ * @param {Consumer} at
+ * @param {string} type
+ * @param {number} row
+ * @param {GraphNode[]} nodes
+ */
 function insert(at, type, row, nodes) {
   const { node: target } = at.place;
   const { graph } = target;
@@ -88,14 +105,28 @@ function insert(at, type, row, nodes) {
   graph.add(node);
   place(node, target, row);
   const slot = node.inputs.findIndex((input) => input.type === node.outputs[0].type);
-  if (comesFromOutside(link)) graph.inputNode.slots[link.origin_slot].connect(node.inputs[slot], node);
-  else if (link) graph.getNodeById(link.origin_id).connect(link.origin_slot, node, slot);
+  if (link) connectOrigin(graph, link, node, slot);
   const alike = link ? siblings(nodes, link, node.outputs[0].type) : [];
   for (const { node: other, index } of [...alike, { node: target, index: at.index }]) node.connect(0, other, index);
   return { node, at: { ...at, place: { node, outer: at.place.outer }, index: slot } };
 }
 
-/** The samplers' inputs of a type that get the same output over a link of their own. */
+/**
+ * Connects an input to what a link of its graph brings, from a node or from the subgraph's input side.
+ * @type {(graph: Graph, link: Link, node: GraphNode, slot: number) => boolean}
+ */
+function connectOrigin(graph, link, node, slot) {
+  if (!comesFromOutside(link)) return Boolean(graph.getNodeById(link.origin_id)?.connect(link.origin_slot, node, slot));
+  /** @type {Subgraph} */ (graph).inputNode.slots[link.origin_slot].connect(node.inputs[slot], node);
+  return true;
+}
+
+/**
+ * The samplers' inputs of a type that get the same output over a link of their own.
+ * @param {GraphNode[]} nodes
+ * @param {Link} link
+ * @param {string} type
+ */
 function siblings(nodes, link, type) {
   return nodes.flatMap((node) => {
     const { model, positives } = samplerInputs(node);
@@ -107,34 +138,38 @@ function siblings(nodes, link, type) {
   });
 }
 
-/** Connects the CLIP that encodes the positive; false where it is not in this graph. */
+/**
+ * Connects the CLIP that encodes the positive; false where it is not in this graph.
+ * @type {(node: GraphNode, at: Consumer) => boolean}
+ */
 function connectClip(node, at) {
   const encoder = upstream(at.place, "positive").find((place) => clipIndex(place.node) >= 0);
   const graph = node.graph;
   const clip = node.inputs.findIndex((input) => input.name === "clip");
   if (!encoder) return false;
   const link = encoder.node.graph === graph ? linkInto({ place: encoder, index: clipIndex(encoder.node) }) : null;
-  if (comesFromOutside(link)) {
-    graph.inputNode.slots[link.origin_slot].connect(node.inputs[clip], node);
-    return true;
-  }
-  const source = link ? null : sourceOf(encoder, clipIndex(encoder.node));
-  if (link) return Boolean(graph.getNodeById(link.origin_id).connect(link.origin_slot, node, clip));
+  if (link) return connectOrigin(graph, link, node, clip);
+  const source = sourceOf(encoder, clipIndex(encoder.node));
   if (source && "place" in source && source.place.node.graph === graph) {
     return Boolean(source.place.node.connect(source.slot, node, clip));
   }
   return false;
 }
 
+/** @param {GraphNode} node */
 const clipIndex = (node) => (node.inputs ?? []).findIndex((input) => input.type === "CLIP");
 
-/** Left of the target, moved up until nothing is under it. */
+/**
+ * Left of the target, moved up until nothing is under it.
+ * @type {(node: GraphNode, target: GraphNode, row: number) => void}
+ */
 function place(node, target, row) {
   const [x, y] = target.pos;
   node.setSize([Math.max(LEAST_WIDTH, node.size[0]), node.size[1]]);
   const width = node.size[0];
   const height = node.size[1] + GROWTH;
   const others = target.graph.nodes.filter((other) => other !== node);
+  /** @param {number} top */
   const covers = (top) =>
     others.some(
       ({ pos, size }) =>

@@ -5,9 +5,13 @@ import { api } from "../../scripts/api.js";
 import { say } from "./words.js";
 
 const NODE = "VSFNegativeConditioning";
+/** @type {WeakMap<GraphNode, HTMLElement>} */
 const shown = new WeakMap();
 
-/** The node that an execution id like "12" or, inside subgraphs, "5:12" means. */
+/**
+ * The node that an execution id like "12" or, inside subgraphs, "5:12" means.
+ * @param {string} executionId
+ */
 function findNode(executionId) {
   let graph = app.rootGraph ?? app.graph;
   let node = null;
@@ -18,7 +22,10 @@ function findNode(executionId) {
   return node;
 }
 
-/** Adds the read-only line below the node's widgets; it is saved neither in the workflow nor in the prompt. */
+/**
+ * Adds the read-only line below the node's widgets; it is saved neither in the workflow nor in the prompt.
+ * @param {GraphNode} node
+ */
 function addTokenView(node) {
   const view = document.createElement("div");
   view.style.cssText = "font: 11px sans-serif; opacity: 0.8; white-space: pre-wrap; overflow: auto; padding: 2px 6px;";
@@ -39,7 +46,8 @@ app.registerExtension({
   },
   setup() {
     api.addEventListener("executed", ({ detail }) => {
-      const view = shown.get(findNode(detail.display_node ?? detail.node));
+      const node = findNode(detail.display_node ?? detail.node);
+      const view = node && shown.get(node);
       const text = detail.output?.text?.[0];
       if (view && typeof text === "string") view.textContent = text;
     });

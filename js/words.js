@@ -3,7 +3,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
-/** @type {Record<string, any>} */
+/** @type {Record<string, {vsf?: Record<string, string>} | undefined>} */
 let languages = {};
 
 /** Fetches the messages of all languages; without them (no such server route) a message is its key. */
@@ -21,7 +21,7 @@ export async function loadWords() {
  * @returns {string}
  */
 export function say(key, values = {}) {
-  const language = app.extensionManager.setting.get("Comfy.Locale") ?? "en";
+  const language = String(app.extensionManager.setting.get("Comfy.Locale") ?? "en");
   const text = languages[language]?.vsf?.[key] ?? languages.en?.vsf?.[key] ?? key;
   return text.replace(/\{(\w+)\}/g, (whole, name) => String(values[name] ?? whole));
 }

@@ -27,6 +27,8 @@ class Segment:
     causal: bool
     template: bool = False
     """Its tokens are words inside a fixed template, of whose beginning the encoder's output may lack something."""
+    words_only: bool = False
+    """Start and end tokens are not kept either."""
 
     def present(self, clip: Any) -> dict[str, Any]:
         """Key in the token dict -> tokenizer, of the encoders that are loaded."""
@@ -48,6 +50,13 @@ class Encoder:
 
 
 _T5 = Segment("T5", {"t5xxl": "t5xxl"}, causal=False)
+
+
+def _clip_words(encoders: dict[str, str]) -> tuple[Segment, ...]:
+    """CLIP where it is all the text there is: its start token takes the attention that nothing else gets, so to flip it
+    would push away more than the words."""
+    return (Segment("CLIP", encoders, causal=True, words_only=True),)
+
 
 ENCODERS = (
     Encoder(
@@ -89,29 +98,68 @@ ENCODERS = (
             ),
         ),
     ),
+    Encoder(
+        "cosmos",
+        "Cosmos Predict2 (CLIPLoader of type cosmos)",
+        "CosmosT5XXL",
+        (_T5,),
+    ),
+    Encoder(
+        "anima",
+        "Anima (CLIPLoader with its Qwen3 0.6B)",
+        "AnimaTEModel",
+        (Segment("Qwen3", {"qwen3_06b": "qwen3_06b"}, causal=True),),
+    ),
+    Encoder("sd1", "Stable Diffusion 1.5 (its checkpoint's CLIP)", "SD1ClipModel", _clip_words({"l": "clip_l"})),
+    Encoder("sd2", "Stable Diffusion 2.1 (its checkpoint's CLIP)", "SD2ClipModel", _clip_words({"h": "clip_h"})),
+    Encoder(
+        "sdxl",
+        "SDXL (its checkpoint's CLIP, or DualCLIPLoader of type sdxl)",
+        "SDXLClipModel",
+        _clip_words({"l": "clip_l", "g": "clip_g"}),
+    ),
 )
 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
     """``tokens`` [1, n, C] without padding; ``pooled`` [1, C']; ``words``: what each segment's tokens say to people;
-    ``during``: which part of the sampling it is for (``Encoding``)."""
+    ``during``: which part of the sampling it is for (``Encoding``); ``extra``: see ``extra_of``."""
 
     tokens: Tensor
     pooled: Tensor | None
     encoder: str
     words: dict[str, list[str]]
     during: tuple[float, float] | None
+    extra: dict[str, Tensor]
+
+    @property
+    def count(self) -> int:
+        """How many tokens the model will see."""
+        ids = self.extra.get("t5xxl_ids")
+        return self.tokens.shape[1] if ids is None else len(ids)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A segment of an encoder's output: its embedding [1, L, C], how many leading positions are content, and which
+    positions are the negative's."""
+
+    segment: Segment
+    embedding: Tensor
+    content: int
+    kept: list[int]
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """One output of an encoder: each present segment with its embedding [1, L, C] and which positions are content; the
-    pooled embedding; and from and to which part of the sampling (0..1) it counts, None = all of it."""
+    """One output of an encoder: its present segments; the pooled embedding; from and to which part of the sampling
+    (0..1) it counts, None = all of it; and ``extra_of`` its options."""
 
-    segments: list[tuple[Segment, Tensor, slice]]
+    parts: list[Part]
     pooled: Tensor | None
     during: tuple[float, float] | None
+    extra: dict[str, Tensor]
 
 
 def encode_negative(clip: Any, text: str, extrapolation: float = 0.0) -> list[EncodedPrompt]:
@@ -128,11 +176,12 @@ def encode_negative(clip: Any, text: str, extrapolation: float = 0.0) -> list[En
     out = []
     for encoding, null in zip(encodings, nulls, strict=True):
         parts, words = [], {}
-        for segment, embedding, content in encoding.segments:
-            kept = embedding[:, content]
-            parts.append(extrapolate(kept, null[segment.name], extrapolation) if extrapolation else kept)
-            words[segment.name] = _words(clip, segment, tokens)
-        out.append(EncodedPrompt(torch.cat(parts, dim=1), encoding.pooled, encoder.name, words, encoding.during))
+        for part in encoding.parts:
+            name, kept = part.segment.name, part.embedding[:, part.kept]
+            parts.append(extrapolate(kept, null[name], extrapolation) if extrapolation else kept)
+            words[name] = _words(clip, part.segment, tokens)
+        tokens_of_n = torch.cat(parts, dim=1)
+        out.append(EncodedPrompt(tokens_of_n, encoding.pooled, encoder.name, words, encoding.during, encoding.extra))
     return out
 
 
@@ -150,7 +199,8 @@ def _tokenized(clip: Any, text: str) -> dict:
 def _encoder_of(clip: Any) -> Encoder:
     classes = {c.__name__ for c in type(clip.cond_stage_model).__mro__}
     for encoder in ENCODERS:
-        if encoder.model_class in classes:
+        # many derive from SD1ClipModel that have another encoder inside
+        if encoder.model_class in classes and any(segment.present(clip) for segment in encoder.segments):
             return encoder
     supported = "; ".join(e.title for e in ENCODERS)
     raise ValueError(
@@ -165,13 +215,15 @@ def _encodings(clip: Any, encoder: Encoder, tokens: dict, *, trim: bool) -> list
     ``trim`` shortens the token lists of bidirectional encoders before they are encoded.
     """
     present = [segment for segment in encoder.segments if segment.present(clip)]
-    lengths, contents, tokens = [], [], dict(tokens)
+    lengths, contents, kept, tokens = [], [], [], dict(tokens)
     for segment in present:
-        of_keys = []
+        of_keys, positions = [], set()
         for key, tokenizer in segment.present(clip).items():
             *full, last = tokens[key]
             if segment.template:
-                of_keys.append((sum(map(len, tokens[key])), _words_in(clip, segment, key, tokens)))
+                words = _words_in(clip, segment, key, tokens)
+                of_keys.append((sum(map(len, tokens[key])), words.stop))
+                positions |= set(range(words.start, words.stop))
                 continue
             end = tokenizer.end_token if tokenizer.end_token is not None else tokenizer.pad_token
             content = content_length([t[0] for t in last], tokenizer.pad_token, end)
@@ -179,10 +231,11 @@ def _encodings(clip: Any, encoder: Encoder, tokens: dict, *, trim: bool) -> list
             if trim and not segment.causal:
                 last = last[:content]
                 tokens[key] = [*full, last]
-            of_keys.append((before + len(last), slice(0, before + content)))
+            of_keys.append((before + len(last), before + content))
+            positions |= _word_positions(tokens[key], tokenizer) if segment.words_only else set(range(before + content))
         lengths.append(min(length for length, _ in of_keys))  # as SD3 cuts CLIP-L and CLIP-G to the shorter one
-        last = max((content for _, content in of_keys), key=lambda content: content.stop)
-        contents.append(slice(last.start, min(lengths[-1], last.stop)))
+        contents.append(min(lengths[-1], max(content for _, content in of_keys)))
+        kept.append(sorted(position for position in positions if position < lengths[-1]))
     out = []
     for embedding, options in clip.encode_from_tokens_scheduled(tokens, show_pbar=False):
         missing = sum(lengths) - embedding.shape[1]
@@ -194,9 +247,8 @@ def _encodings(clip: Any, encoder: Encoder, tokens: dict, *, trim: bool) -> list
                 "report it."
             )
         parts = embedding.split([length - cut for length in lengths], dim=1)
-        kept = [slice(max(0, content.start - cut), max(0, content.stop - cut)) for content in contents]
-        segments = list(zip(present, parts, kept, strict=True))
-        out.append(Encoding(segments, options.get("pooled_output"), scheduled_part(options)))
+        parts = list(map(Part, present, parts, contents, [[p - cut for p in k if p >= cut] for k in kept]))
+        out.append(Encoding(parts, options.get("pooled_output"), scheduled_part(options), extra_of(options)))
     return out
 
 
@@ -216,6 +268,25 @@ def _same(a: list, b: list) -> int:
     return next((i for i, (x, y) in pairs if not isinstance(x, int) or x != y), min(len(a), len(b)))
 
 
+def _word_positions(chunks: list, tokenizer: Any) -> set[int]:
+    """Where the words are in the chunks of a token list, without start, end and padding."""
+    end = tokenizer.end_token
+    found, before = set(), 0
+    for chunk in chunks:
+        ids = [pair[0] for pair in chunk]
+        content = ids[: content_length(ids, tokenizer.pad_token, end)]
+        found |= {
+            before + i for i, t in enumerate(content) if not isinstance(t, int) or t not in (tokenizer.start_token, end)
+        }
+        before += len(chunk)
+    return found
+
+
+def extra_of(options: dict) -> dict[str, Tensor]:
+    """What a CONDITIONING entry's dict says of its text that the model will need to read it (Anima)."""
+    return {key: options[key] for key in ("t5xxl_ids", "t5xxl_weights") if options.get(key) is not None}
+
+
 def scheduled_part(options: dict) -> tuple[float, float] | None:
     """Which part of the sampling a CONDITIONING entry's dict is for, as a scheduled encoder says it."""
     return (options["clip_start_percent"], options["clip_end_percent"]) if "clip_start_percent" in options else None
@@ -232,12 +303,13 @@ def _null_embeddings(clip: Any, encoder: Encoder) -> list[dict[str, Tensor]]:
     if key not in cached or clip.patcher.forced_hooks is not None:
         cached.clear()
         padded = _encodings(clip, encoder, clip.tokenize(""), trim=False)
-        if any(s.template or content.stop >= emb.shape[1] for e in padded for s, emb, content in e.segments):
+        if any(p.segment.template or p.content >= p.embedding.shape[1] for e in padded for p in e.parts):
             raise ValueError(
                 "VSF: extrapolation compares with the padding of an empty prompt, which only the text encoders of "
-                f"SD3, Flux.1 and Wan have as the paper means it, not that of {encoder.title}. Set extrapolation to 0."
+                f"SD3, Flux.1, Wan and UNets have as the paper means it, not that of {encoder.title}. Set "
+                "extrapolation to 0."
             )
-        cached[key] = [{s.name: null_embedding(emb, content.stop) for s, emb, content in e.segments} for e in padded]
+        cached[key] = [{p.segment.name: null_embedding(p.embedding, p.content) for p in e.parts} for e in padded]
     return cached[key]
 
 
@@ -252,6 +324,8 @@ def _words(clip: Any, segment: Segment, tokens: dict) -> list[str]:
     for token in given:
         if not isinstance(token, int):
             words.append("[embedding]")
+        elif tokenizer.start_token is None and tokenizer.end_token is None:  # a language model's, of bytes
+            words.append(tokenizer.tokenizer.decode([token]).strip())
         elif token not in special:
             words.append(tokenizer.inv_vocab[token].replace("</w>", "").replace("\u2581", ""))
     return words

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Iterable
 
 from .checks import shown
 
@@ -28,21 +29,28 @@ def _on_prompt(json_data: dict) -> dict:
 
 def unmet_negatives(prompt: dict) -> list[str]:
     """Ids of the VSFNegativeConditioning nodes of an API-format prompt that lead to no node fed by a VSFModelPatch."""
-    sources = {node: _sources(prompt[node]) & prompt.keys() for node in prompt}
-    patched = {node for node in prompt if "VSFModelPatch" in {_class(prompt[n]) for n in _closure(node, sources)}}
-    consumers = {node: {other for other in prompt if node in sources[other]} for node in prompt}
-    negatives = [node for node in prompt if _class(prompt[node]) == "VSFNegativeConditioning"]
-    return [node for node in negatives if not _closure(node, consumers) & patched]
+    sources = _edges(prompt)
+    consumers: dict[str, set[str]] = {node: set() for node in prompt}
+    for node, others in sources.items():
+        for other in others:
+            consumers[other].add(node)
+    fed_by_patch = _closure(_of_class(prompt, "VSFModelPatch"), consumers)
+    met = _closure(fed_by_patch, sources)
+    return [node for node in _of_class(prompt, "VSFNegativeConditioning") if node not in met]
 
 
 def ancestors(prompt: dict, node: str) -> set[str]:
     """Ids of the nodes of an API-format prompt that lead to ``node``, itself included."""
-    return _closure(node, {n: _sources(prompt[n]) & prompt.keys() for n in prompt})
+    return _closure([node], _edges(prompt))
 
 
-def _class(node: object) -> str | None:
-    kind = node.get("class_type") if isinstance(node, dict) else None
-    return kind if isinstance(kind, str) else None
+def _of_class(prompt: dict, kind: str) -> list[str]:
+    return [node for node, spec in prompt.items() if isinstance(spec, dict) and spec.get("class_type") == kind]
+
+
+def _edges(prompt: dict) -> dict[str, set[str]]:
+    """The nodes that each node takes something from."""
+    return {node: _sources(spec) & prompt.keys() for node, spec in prompt.items()}
 
 
 def _sources(node: object) -> set[str]:
@@ -51,8 +59,9 @@ def _sources(node: object) -> set[str]:
     return {str(v[0]) for v in values if isinstance(v, list) and len(v) == 2}
 
 
-def _closure(start: str, edges: dict[str, set[str]]) -> set[str]:
-    seen, todo = set(), [start]
+def _closure(starts: Iterable[str], edges: dict[str, set[str]]) -> set[str]:
+    """``starts`` and all that can be reached from them."""
+    seen, todo = set(), list(starts)
     while todo:
         node = todo.pop()
         if node not in seen:

@@ -1,7 +1,7 @@
 """A negative on its way from its node to the model: in a CONDITIONING entry, then in one step's ``model_conds``."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.conds
@@ -25,7 +25,8 @@ class Negative:
     tokens: [b, n, C] embeddings without padding; strength: multiplies alpha for these tokens; mask: [b, H, W] in 0..1,
     where in the picture it acts, None = everywhere (in a video, b are frames); frames: from and to which part of a
     video (0..1) it acts; encoder: name of the text encoder that made it, None = unknown;
-    pooled: [b, C'], the pooled embedding, which only the released pipeline of some families uses.
+    pooled: [b, C'], the pooled embedding, which only the released pipeline of some families uses; extra: what else the
+    encoder said of the text, by ComfyUI's names for it.
     """
 
     tokens: Tensor
@@ -34,6 +35,7 @@ class Negative:
     frames: tuple[float, float] = (0.0, 1.0)
     encoder: str | None = None
     pooled: Tensor | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 def negatives_of(entry: dict) -> tuple[Negative, ...]:

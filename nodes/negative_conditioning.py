@@ -6,7 +6,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from . import checks
-from .encode import EncodedPrompt, encode_negative, scheduled_part
+from .encode import EncodedPrompt, encode_negative, extra_of, scheduled_part
 from .negative import KEY, Negative, negatives_of
 
 log = logging.getLogger(__name__)
@@ -127,7 +127,9 @@ class VSFNegativeConditioning(io.ComfyNode):
                 log.warning("VSF: the text has no word that the text encoder knows: the negative is off.")
                 return io.NodeOutput(positive, ui=ui.PreviewText("off: no word in the text"))
             made = {
-                e.during: Negative(checks.embedding(e.tokens), **where, encoder=e.encoder, pooled=e.pooled)
+                e.during: Negative(
+                    checks.embedding(e.tokens), **where, encoder=e.encoder, pooled=e.pooled, extra=e.extra
+                )
                 for e in encoded
             }
             return io.NodeOutput(_attach(positive, made), ui=ui.PreviewText(_describe(encoded[0])))
@@ -138,7 +140,8 @@ class VSFNegativeConditioning(io.ComfyNode):
                     "of negative, or set extrapolation to 0."
                 )
             tokens = _taken_as_it_is(checks.conditioning("negative", negative))
-            made = Negative(tokens, **where, pooled=negative[0][1].get("pooled_output"))
+            options = negative[0][1]
+            made = Negative(tokens, **where, pooled=options.get("pooled_output"), extra=extra_of(options))
             text = f"{tokens.shape[1]} tokens, as given"
             return io.NodeOutput(_attach(positive, {None: made}), ui=ui.PreviewText(text))
         return io.NodeOutput(positive, ui=ui.PreviewText("off: no negative"))
@@ -180,4 +183,4 @@ def _taken_as_it_is(negative: list) -> torch.Tensor:
 
 def _describe(encoded: EncodedPrompt) -> str:
     lines = [f"{name}: {' · '.join(words)}" for name, words in encoded.words.items()]
-    return "\n".join([f"pushes away {encoded.tokens.shape[1]} tokens", *lines])
+    return "\n".join([f"pushes away {encoded.count} tokens", *lines])

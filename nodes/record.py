@@ -126,10 +126,15 @@ class VSFRecord(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: io.Model.Type) -> io.NodeOutput:
-        patch_size = family_of(model.model).patch_size
+        family = family_of(model.model)
+        if len(family.depths) > 1:
+            raise ValueError(
+                f"VSF: VSF Record cannot serve {family.title}: the picture's grid differs from block to block of a "
+                "UNet, so there is no one map. Remove VSF Record; VSF Model Patch works without it."
+            )
         kind = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
         if model.get_wrappers(kind, WRAPPER_KEY):
             raise ValueError("VSF: this model has a VSF Record already. Remove one of the two nodes.")
-        holder, recorded = Holder(patch_size), model.clone()
+        holder, recorded = Holder(family.patch_size), model.clone()
         recorded.add_wrapper_with_key(kind, WRAPPER_KEY, holder.outer_sample)
         return io.NodeOutput(recorded, holder)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import comfy.conds
 import comfy.patcher_extension
 import torch
 import torch.nn.functional as F
@@ -111,16 +112,44 @@ class Forward:
     backend: Backend
     text: int
     """Length of the whole text stream, N included."""
+    rows: Mapping[int, slice]
+    """The rows of ``bias`` for each number of image tokens that blocks attend from; empty where there is but one."""
     reached: Tensor
     """int [3, blocks]: how often each block ran, how often its attention over text did, and how often that was noted in
     ``shares``. On the CPU: read without waiting for a device."""
     shares: Tensor | None
     """[layer groups, B, image tokens]: 1 - W, summed over blocks; None without VSF Record."""
+    calls: int = 0
+    """Attentions over text so far that no block patch enclosed."""
 
     def place(self, block: Block, seen: Tensor, note: tuple[Tensor, Tensor] | None = None) -> "Place":
         """What the attention inside a block gets to know of where it is; ``seen`` counts its calls."""
         selected = block in self.run.selected
         return Place(block[0], selected, self.bias if selected else self.nowhere, seen, note)
+
+    def place_outside(self, options: Mapping[str, Any]) -> "Place":
+        """The same for an attention over text that no block patch encloses. Beside those that are (VACE's blocks), it
+        does not count."""
+        block = self.family.block_of(options, self.calls)
+        if block not in self.run.blocks:
+            raise changed_host(f"an attention over text runs in {block[0]} block {block[1]}, which this model lacks")
+        self.calls += 1
+        if self.family.marker == "dit":
+            return self.place(block, torch.zeros_like(self.reached[1, 0]))
+        position = self.run.blocks.index(block)
+        return self.place(block, self.reached[1, position], self.note(position))
+
+    def bias_for(self, place: "Place", tokens: int) -> Tensor:
+        """``place.bias`` for a call with so many image tokens."""
+        if place.bias.shape[1] == 1 or not self.rows:
+            return place.bias
+        if tokens not in self.rows:
+            raise RuntimeError(
+                f"VSF: a block of this model attends from {tokens} image tokens, where masks of negatives know "
+                f"{', '.join(map(str, self.rows))}: another node changes the size of the picture inside the model. "
+                "Remove that node, or the mask."
+            )
+        return place.bias[:, self.rows[tokens]]
 
     def note(self, position: int) -> tuple[Tensor, Tensor] | None:
         """Where the block at ``position`` adds its share, and counts that it did."""
@@ -287,7 +316,7 @@ class VSFPatch:
             return executor(model, conds, x_in, timestep, model_options)
         run.steps += 1
         in_window = self._in_window(model, timestep)
-        added = self._additions(run, conds, x_in, timestep, model_options) if in_window else {}
+        added = self._additions(run, model, conds, x_in, timestep, model_options) if in_window else {}
         conds = [branch and [_with_model_conds(entry, added) for entry in branch] for branch in conds]
         result = executor(model, conds, x_in, timestep, model_options)
         if added and not run.applied:
@@ -310,7 +339,9 @@ class VSFPatch:
             or (end < 1 and sigma < sampling.percent_to_sigma(end))
         )
 
-    def _additions(self, run: Run, conds: list, x_in: Tensor, timestep: Tensor, model_options: dict) -> dict[int, dict]:
+    def _additions(
+        self, run: Run, model: Any, conds: list, x_in: Tensor, timestep: Tensor, model_options: dict
+    ) -> dict[int, dict]:
         """What each entry (by id) that runs in this step gains in ``model_conds``; nothing if none has a negative."""
         entries = [entry for branch in conds if branch for entry in branch if _is_active(entry, timestep)]
         groups: list[tuple[Negative, ...]] = [entry["model_conds"].get(KEY, ()) for entry in entries]
@@ -320,8 +351,12 @@ class VSFPatch:
         key = (tuple(map(id, groups)), x_in.shape, x_in.device, window)
         if key not in run.cache:  # groups are kept with the result, so that their ids stay theirs
             offset, pooled = self.settings.offset, self._mixes_pooled()
-            run.cache[key] = groups, step_conds(groups, run.scales, offset, x_in, pooled, window)
-        return dict(zip(map(id, entries), run.cache[key][1], strict=True))
+            ready = [tuple(self.family.embedded(n, model, x_in.device) for n in group) for group in groups]
+            run.tokens = max(map(count_tokens, ready))
+            run.cache[key] = groups, step_conds(ready, run.scales, offset, x_in, pooled, window)
+        return {
+            id(entry): {**added, **_length_of(entry)} for entry, added in zip(entries, run.cache[key][1], strict=True)
+        }
 
     # -- one forward pass ---------------------------------------------------------------------------------------------
 
@@ -349,12 +384,14 @@ class VSFPatch:
         if compiled:
             ours = _lengthened(ours, -ours["tokens"].shape[1] % COMPILED_MULTIPLE)
         if self.family.cross or self.family.marker is None:
-            ours = self._unmistakable(ours, x, c_crossattn.shape[1], kwargs, diffusion_model)
-        tokens = ours["tokens"].to(c_crossattn)
+            taken = self.family.other_keys(x, kwargs, diffusion_model)
+            ours = _unmistakable(ours, c_crossattn.shape[1], taken, self.family.text_multiple(diffusion_model))
+        dtype = executor.class_obj.get_dtype_inference()  # ComfyUI's own next step is this cast; here it halves a copy
+        tokens = ours["tokens"].to(c_crossattn.device, dtype)
         backend = self._backend(run, transformer_options, x.device, executor.class_obj)
         # N0 goes before P: text has no order here, and what is left of the sequence is then one contiguous view.
         copy = [tokens] if self._released is not None and self._released.copy else []
-        context = torch.cat([tokens, c_crossattn, *copy], dim=1)
+        context = torch.cat([tokens, c_crossattn.to(dtype), *copy], dim=1)
         references = self.family.reference_tokens(kwargs, diffusion_model)
         padding = self.family.image_padding(x, diffusion_model)
         text = context.shape[1] + -context.shape[1] % self.family.text_multiple(diffusion_model)
@@ -365,7 +402,8 @@ class VSFPatch:
             kwargs["y"] = _mixed_pooled(kwargs["y"], ours["pooled"][:, 0], self._released.pooled)
         options = self._patched_options(transformer_options, forward)
         if compiled:
-            control, kwargs = told_apart(PREFIX + forward.signature(), len(run.blocks), control, kwargs)
+            marked, kwargs = told_apart(PREFIX + forward.signature(), len(run.blocks), control, kwargs)
+            control = control if self.family.cross else marked  # cross-attention models all pass the name on
         with self._positions(forward, diffusion_model, compiled):
             result = executor(x, t, c_concat, context, control, options, **kwargs)
         self._check_reached(run, forward, compiled)
@@ -434,6 +472,7 @@ class VSFPatch:
             hidden=is_padding.expand(-1, length) if self._released is not None and ours["mixed"] else None,
             backend=backend,
             text=text,
+            rows=_rows(self.family.grids(latent)),
             reached=torch.zeros(3, len(run.blocks), dtype=torch.int32),
             shares=torch.zeros(shape, device=latent.device) if recorded else None,
         )
@@ -473,36 +512,25 @@ class VSFPatch:
         # -log m: a soft mask scales the negative's attention weight by m; outside (m = 0) it is +inf, exactly
         return bias - torch.log(torch.cat([before, inside, after, padding], dim=1))
 
-    def _unmistakable(self, ours: dict, latent: Tensor, positive: int, conds: dict, diffusion_model: Any) -> dict:
-        """``ours`` with N padded until no other attention of the model has as many keys as the text stream.
-
-        In cross-attention models a call is known by its number of keys alone: the video's own tokens (self-attention)
-        and CLIP-vision tokens must not count the same.
-        """
-        before, after = self.family.reference_tokens(conds, diffusion_model)
-        video = self.family.grid(latent)
-        padding = self.family.image_padding(latent, diffusion_model)
-        taken = {video, video + before, video + after, video + before + after, video + padding}
-        if conds.get("clip_fea") is not None:
-            taken.add(conds["clip_fea"].shape[-2])
-        n, multiple = ours["tokens"].shape[1], self.family.text_multiple(diffusion_model)
-        positive += -positive % multiple  # which the model fills up by itself, if N before it comes out even
-        extra = next(e for e in itertools.count(-n % multiple, multiple) if positive + n + e not in taken)
-        return _lengthened(ours, extra) if extra else ours
-
     def _patched_options(self, options: dict, forward: Forward) -> dict:
         """A copy of ``transformer_options`` in which each block's patch is wrapped, so that we know where we are."""
+        options = {**options, FORWARD_KEY: forward}
         if self.family.cross:  # for the whole forward: VACE's blocks run outside the block patches
-            options = {**options, OVERRIDE: partial(_cross_override, options.get(OVERRIDE))}
-        if self.family.marker is None:
-            options = {key: value for key, value in options.items() if key != "block_index"}
-            return {**options, FORWARD_KEY: forward, OVERRIDE: partial(_unmarked_override, options.get(OVERRIDE))}
+            options[OVERRIDE] = partial(_cross_override, options.get(OVERRIDE))
+        elif self.family.marker is None:
+            options.pop("block_index", None)
+            options[OVERRIDE] = partial(_unmarked_override, options.get(OVERRIDE))
+        if self.family.marker == "attn2":  # the last one, next to the attention itself
+            patches = options.get("patches", {})
+            options["patches"] = {**patches, "attn2_patch": [*patches.get("attn2_patch", ()), _mark_block]}
+        if self.family.marker != "dit":
+            return options
         replace = options.get("patches_replace", {})
         dit, result = dict(replace.get("dit", {})), {}
         for position, block in enumerate(forward.run.blocks):
             key = (f"{block[0]}_block", block[1])
             dit[key] = partial(_run_block, block, position, dit.get(key), result)
-        return {**options, "patches_replace": {**replace, "dit": dit}, FORWARD_KEY: forward}
+        return {**options, "patches_replace": {**replace, "dit": dit}}
 
     def _check_reached(self, run: Run, forward: Forward, compiled: bool) -> None:
         """After a forward pass: fail if the negative reached nothing, and say once a run what is going on.
@@ -539,6 +567,12 @@ class VSFPatch:
             )
 
 
+def _rows(grids: list[int]) -> dict[int, slice]:
+    """Where in a mask's rows each of several grids has its own; of equal ones (one pixel) either serves."""
+    ends = list(itertools.accumulate(grids))
+    return {n: slice(end - n, end) for n, end in zip(grids, ends, strict=True)} if len(grids) > 1 else {}
+
+
 class _Carried(tuple[Negative, ...]):
     """Negatives on their way through ``model_conds``, of which ``calc_cond_batch`` takes them out again."""
 
@@ -549,6 +583,25 @@ class _Carried(tuple[Negative, ...]):
 
 def _unwrapped_step() -> RuntimeError:
     return changed_host("this run took its steps past the wrappers of CALC_COND_BATCH")
+
+
+def _length_of(entry: dict) -> dict:
+    """The length of an entry's own text as a constant: ComfyUI repeats shorter texts of UNets to let them share a batch
+    with longer ones, which changes nothing in their attention alone, but counts P's keys several times beside N's."""
+    text = entry["model_conds"].get("c_crossattn")
+    return {} if text is None else {PREFIX + "length": comfy.conds.CONDConstant(text.cond.shape[1])}
+
+
+def _unmistakable(ours: dict, positive: int, taken: set[int], multiple: int) -> dict:
+    """``ours`` with N padded until no other attention of the model has as many keys as the text stream.
+
+    Where a call is known by its number of keys alone, the picture's own tokens (self-attention) and CLIP-vision tokens
+    must not count the same. ``taken``: how many keys those have; ``multiple``: to what the model fills its text up.
+    """
+    n = ours["tokens"].shape[1]
+    positive += -positive % multiple  # the model goes on filling up P alone if N before it comes out even
+    extra = next(e for e in itertools.count(-n % multiple, multiple) if positive + n + e not in taken)
+    return _lengthened(ours, extra) if extra else ours
 
 
 def _lengthened(ours: dict, extra: int) -> dict:
@@ -629,11 +682,20 @@ def _run_block(
     return result
 
 
+def _mark_block(n: Tensor, context: Tensor, value: Tensor, options: dict) -> tuple[Tensor, Tensor, Tensor]:
+    """An ``attn2_patch`` that changes nothing: it tells that a block's attention over text is about to run."""
+    forward: Forward = options[FORWARD_KEY]
+    block = forward.family.block_of(options, forward.calls)
+    if block in forward.run.blocks:
+        forward.reached[0, forward.run.blocks.index(block)].add_(1)
+    return n, context, value
+
+
 def _cross_override(previous: Callable | None, func: Callable, *args: Any, **kwargs: Any) -> Tensor:
     """ComfyUI's attention call in a cross-attention model: VSF where its keys are the text stream [N, P]."""
     host = HostAttention(previous, func, *args, **kwargs)
     forward: Forward = host.options[FORWARD_KEY]
-    if host.has_heads or host.keys != forward.text:
+    if host.keys != forward.text:
         return host.unchanged()
     if host.queries == host.keys or host.mask is not None:
         raise RuntimeError(
@@ -645,9 +707,9 @@ def _cross_override(previous: Callable | None, func: Callable, *args: Any, **kwa
     n = forward.tokens
     positive, negative = (k[:, :, n:], v[:, :, n:]), (k[:, :, :n], v[:, :, :n])
     place: Place | None = host.options.get(PLACE_KEY)
-    if place is None:  # outside a block patch (VACE): the block before it is the host, but its own call is what counts
-        place = forward.place(("double", host.options["block_index"]), torch.zeros_like(forward.reached[1, 0]))
-    shared = (q, *positive, *negative, forward.alpha, place.bias)
+    if place is None:
+        place = forward.place_outside(host.options)
+    shared = (q, *positive, *negative, forward.alpha, forward.bias_for(place, host.queries))
     attend = forward.backend.attention(host)
     if not place.enter(forward.run, _path(forward.backend, host, attend)):
         out = host.black_box(q, *positive, None)
@@ -665,12 +727,9 @@ def _unmarked_override(previous: Callable | None, func: Callable, *args: Any, **
     forward: Forward = host.options[FORWARD_KEY]
     if "block_index" not in host.options:
         return _kept_apart(host, forward) if host.keys == forward.text else host.unchanged()
-    block = ("double", host.options["block_index"])
-    if block not in forward.run.blocks or host.keys <= forward.text:
-        raise changed_host(f"block {block[1]} attends to {host.keys} tokens, {forward.text} of them text")
-    position = forward.run.blocks.index(block)
+    place = forward.place_outside(host.options)
     layout = TokenLayout(host.keys - forward.text, forward.text - forward.tokens, forward.tokens)
-    return _joint(host, layout, forward.place(block, forward.reached[1, position], forward.note(position)))
+    return _joint(host, layout, place)
 
 
 def _kept_apart(host: HostAttention, forward: Forward) -> Tensor:

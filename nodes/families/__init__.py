@@ -6,14 +6,28 @@ from ..compiled import unwrapped
 from ..host_check import changed_host
 from .base import Family, Released
 from .chroma import Chroma, ChromaRadiance
+from .cosmos import Anima, Cosmos
 from .flux import Flux
 from .flux2 import Flux2
 from .qwen_image import QwenImage
 from .sd3 import SD3
+from .unet import UNet
 from .wan import Wan
 from .z_image import ZImage
 
-FAMILIES: tuple[Family, ...] = (SD3(), Flux(), Wan(), Chroma(), ChromaRadiance(), QwenImage(), ZImage(), Flux2())
+FAMILIES: tuple[Family, ...] = (
+    SD3(),
+    Flux(),
+    Wan(),
+    UNet(),
+    Cosmos(),
+    Anima(),
+    Chroma(),
+    ChromaRadiance(),
+    QwenImage(),
+    ZImage(),
+    Flux2(),
+)
 
 OTHER_LOADERS = {
     "ComfyFlux": "ComfyUI-nunchaku",

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...vsf_core import TokenLayout
+from ..blocks import Block, Counts
+from ..negative import Negative
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Family(ABC):
     """Names of the text encoders whose negatives fit (``encode.ENCODERS``)."""
     patch_size: int = 2
     """Latent pixels per image token, along each side."""
+    depths: tuple[int, ...] = (1,)
+    """By how much the image's grid is coarser than that, for each grid that blocks attend from: a UNet has several."""
     released: Released | None = None
     """None where the authors released no pipeline for the family."""
     rotary: str | None = None
@@ -43,15 +47,15 @@ class Family(ABC):
     cross: bool = False
     """Text is seen in cross-attention alone (Eq. 9): no duplication and no isolation are needed."""
     marker: str | None = "dit"
-    """How a block tells that it runs: "dit", through its entry in ``patches_replace``; None where ComfyUI asks for
-    none: then each block must show its attention over text, known by ``block_index``."""
+    """How a block tells that it runs: "dit", through its entry in ``patches_replace``; "attn2", through an
+    ``attn2_patch``; None where ComfyUI offers neither: then each block must show its attention over text."""
 
     def check(self, model: Any) -> None:  # noqa: B027 (most families have nothing to refuse)
         """Raise ``ValueError`` for a variant of the family that VSF cannot serve."""
 
     @abstractmethod
-    def block_counts(self, diffusion_model: Any) -> Mapping[str, int]:
-        """How many blocks of each type ("double" is ComfyUI's "double_block") the model has."""
+    def block_counts(self, diffusion_model: Any) -> Counts:
+        """How many blocks of each type ("double" is ComfyUI's "double_block") the model has, or which."""
 
     @abstractmethod
     def context_width(self, diffusion_model: Any) -> int:
@@ -59,15 +63,31 @@ class Family(ABC):
 
     @abstractmethod
     def head_dim(self, diffusion_model: Any) -> int:
-        """Channels of one attention head."""
+        """Channels of one attention head, the widest."""
 
     def layout(self, kind: str, args: Mapping[str, Any], negative: int) -> TokenLayout:
         """The joint sequence inside a block of type ``kind``, from the arguments ComfyUI hands to a block patch."""
-        raise NotImplementedError(f"{self.title} has no block patches with a joint sequence")
+        raise NotImplementedError(f"{self.title} has no joint sequence")
+
+    def block_of(self, options: Mapping[str, Any], before: int) -> Block:
+        """The block of an attention over text that no block patch encloses, from its ``transformer_options`` and the
+        number of such calls ``before`` it in this forward pass."""
+        raise NotImplementedError(f"{self.title} has its text attention inside block patches")
+
+    def embedded(self, negative: Negative, model: Any, device: torch.device) -> Negative:
+        """``negative`` with its tokens as the model's own text: what ``model`` does to that before its blocks."""
+        return negative
 
     def reference_tokens(self, conds: Mapping[str, Any], diffusion_model: Any) -> tuple[int, int]:
         """How many tokens of reference images the model puts before and after the image's, from its conds."""
         return 0, 0
+
+    def other_keys(self, latent: Tensor, conds: Mapping[str, Any], diffusion_model: Any) -> set[int]:
+        """Where calls are told apart by it: how many keys the attentions over anything but text have."""
+        before, after = self.reference_tokens(conds, diffusion_model)
+        padding = self.image_padding(latent, diffusion_model)
+        others = (0, before, after, before + after, padding)
+        return {count + more for count in self.grids(latent) for more in others}
 
     def text_multiple(self, diffusion_model: Any) -> int:
         """The model fills its text up, at the end, to a multiple of so many tokens."""
@@ -84,13 +104,25 @@ class Family(ABC):
         return torch.cat([ids[:, :negative], ids[:, : text - negative], ids[:, text:]], dim=1)
 
     def grid(self, latent: Tensor) -> int:
-        """Image tokens of a latent [B, C, (frames,) h, w]."""
+        """Image tokens of a latent [B, C, (frames,) h, w], on the finest grid."""
+        return self.grids(latent)[0]
+
+    def grids(self, latent: Tensor) -> list[int]:
+        """Image tokens at each of ``depths``."""
         frames = latent.shape[2] if latent.ndim == 5 else 1
-        return frames * math.prod(-(-size // self.patch_size) for size in latent.shape[-2:])
+        patches = (self.patch_size * depth for depth in self.depths)
+        return [frames * math.prod(-(-size // p) for size in latent.shape[-2:]) for p in patches]
 
     def image_tokens(self, mask: Tensor) -> Tensor:
-        """A latent-sized mask [B, m, (frames,) h, w] as [B, I, m], a row an image token: the share of it inside."""
-        p, flat = self.patch_size, mask.flatten(0, -3)[:, None]
-        pad = (0, -mask.shape[-1] % p, 0, -mask.shape[-2] % p)
-        pooled = F.avg_pool2d(F.pad(flat, pad, mode="replicate"), p)
-        return pooled.reshape(*mask.shape[:2], -1).transpose(1, 2)
+        """A latent-sized mask [B, m, (frames,) h, w] as [B, I, m], a row an image token: the share of it inside.
+
+        The rows of one of ``depths`` follow those of the one before.
+        """
+        return torch.cat([_cells(mask, self.patch_size * depth) for depth in self.depths], dim=1)
+
+
+def _cells(mask: Tensor, p: int) -> Tensor:
+    """The means of a mask [B, m, (frames,) h, w] over squares of ``p`` pixels: [B, squares, m]."""
+    pad = (0, -mask.shape[-1] % p, 0, -mask.shape[-2] % p)
+    pooled = F.avg_pool2d(F.pad(mask.flatten(0, -3)[:, None], pad, mode="replicate"), p)
+    return pooled.reshape(*mask.shape[:2], -1).transpose(1, 2)

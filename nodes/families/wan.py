@@ -4,7 +4,9 @@ by the block. VACE's blocks run outside ComfyUI's block patches and follow the b
 from collections.abc import Mapping
 from typing import Any
 
-from ...vsf_core import TokenLayout
+from torch import Tensor
+
+from ..blocks import Block
 from .base import Family, Released
 
 
@@ -24,8 +26,12 @@ class Wan(Family):
     def head_dim(self, diffusion_model: Any) -> int:
         return diffusion_model.dim // diffusion_model.num_heads
 
-    def layout(self, kind: str, args: Mapping[str, Any], negative: int) -> TokenLayout:
-        raise NotImplementedError("Wan has no joint sequence")
+    def block_of(self, options: Mapping[str, Any], before: int) -> Block:
+        return "double", options["block_index"]  # a block of VACE's: the block before it is its host
+
+    def other_keys(self, latent: Tensor, conds: Mapping[str, Any], diffusion_model: Any) -> set[int]:
+        vision = {conds["clip_fea"].shape[-2]} if conds.get("clip_fea") is not None else set()
+        return vision | super().other_keys(latent, conds, diffusion_model)
 
     def reference_tokens(self, conds: Mapping[str, Any], diffusion_model: Any) -> tuple[int, int]:
         first = conds.get("reference_latent") if diffusion_model.ref_conv is not None else None  # Fun control has it

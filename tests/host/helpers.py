@@ -23,6 +23,16 @@ def load_wan(kind="t2v", **kw):
     return comfy.sd.load_diffusion_model_state_dict(tiny.wan(kind, **kw))
 
 
+def load_unet(kind="sdxl", **kw):
+    """A narrow random UNet (sd1, sd2, sdxl) through ComfyUI's own loader."""
+    return comfy.sd.load_diffusion_model_state_dict(tiny.unet(kind, **kw))
+
+
+def load_cosmos(kind="cosmos", **kw):
+    """A tiny random Cosmos Predict2, or Anima, through ComfyUI's own loader."""
+    return comfy.sd.load_diffusion_model_state_dict(tiny.cosmos(kind, **kw))
+
+
 def load_sized(state, sizes):
     """A model through ComfyUI's own loader, but for the ``sizes`` that it takes for granted instead of reading them."""
     original = comfy.model_detection.model_config_from_unet

@@ -8,8 +8,10 @@ import contextlib
 import dataclasses
 from dataclasses import dataclass, field
 
+import comfy.ldm.cosmos.predict2 as cosmos
 import comfy.ldm.flux.math as flux_math
 import comfy.ldm.lumina.model as lumina
+import comfy.ldm.modules.attention as unet_attention
 import comfy.ldm.modules.diffusionmodules.mmdit as mmdit
 import comfy.ldm.qwen_image.model as qwen_image
 import comfy.ldm.wan.model as wan
@@ -20,15 +22,16 @@ import torch
 class Expect:
     """What the oracle should do to the entry whose text embedding equals ``positive`` [1, P, C].
 
-    negative [1, n, C]; alpha: float or [n]; beta: float; keep: [I, n] in 0..1 or None; blocks: indices that see N,
-    counted over all blocks; pooled [1, C']: the negative's, where the released pipeline mixes it in.
+    negative [1, n, C]; alpha: float or [n]; beta: float; keep: [I, n] in 0..1, for a UNet a dict of these by I, or
+    None; blocks: indices that see N, counted over all blocks that have text; pooled [1, C']: the negative's, where the
+    released pipeline mixes it in.
     """
 
     positive: torch.Tensor
     negative: torch.Tensor
     alpha: float | torch.Tensor
     beta: float
-    keep: torch.Tensor | None = None
+    keep: torch.Tensor | dict | None = None
     blocks: frozenset | None = None
     pooled: torch.Tensor | None = None
 
@@ -213,6 +216,28 @@ def seam(diffusion_model):
     return mmdit, "optimized_attention", sd3_attention
 
 
+def eq_9(q, k, v, heads, n, expect, block, record, own=True):
+    """Cross-attention on keys [P, N], q, k, v [B, L, H*D]. ``own``: the call belongs into the record of shares."""
+    v = v.double()
+    alpha = torch.as_tensor(expect.alpha, dtype=torch.float64).expand(n)
+    positive = k.shape[1] - n
+    v = torch.cat([v[:, :positive], -alpha[:, None] * v[:, positive:]], dim=1)
+    allowed = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool)
+    bias = torch.zeros(q.shape[1], k.shape[1], dtype=torch.float64)
+    bias[:, positive:] -= expect.beta
+    if expect.keep is not None:
+        keep = expect.keep[q.shape[1]] if isinstance(expect.keep, dict) else expect.keep
+        bias[:, positive:] += keep.double().log()
+    if expect.blocks is not None and block not in expect.blocks:
+        allowed[:, positive:] = False
+
+    def seen(weights):
+        if own and allowed[:, positive:].all():
+            record.shares.append((block, weights[..., positive:].sum(-1).mean(1)))
+
+    return dense(q, k, v, heads, allowed, bias, seen)
+
+
 @contextlib.contextmanager
 def wan_cross_attention(model, n, expect, record):
     """While open, Wan's cross-attention layers are Eq. 9, dense and by hand, on [P, N]; VACE's follow their host."""
@@ -231,26 +256,67 @@ def wan_cross_attention(model, n, expect, record):
             k, v = self.norm_k_img(self.k_img(image)), self.v_img(image)
             everything = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool)
             out = dense(q, k, v, self.num_heads, everything, torch.zeros(1, dtype=torch.float64))
-        k, v = self.norm_k(self.k(context)), self.v(context).double()
-        alpha = torch.as_tensor(expect.alpha, dtype=torch.float64).expand(n)
-        positive = k.shape[1] - n
-        v = torch.cat([v[:, :positive], -alpha[:, None] * v[:, positive:]], dim=1)
-        allowed = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool)
-        bias = torch.zeros(q.shape[1], k.shape[1], dtype=torch.float64)
-        bias[:, positive:] -= expect.beta
-        if expect.keep is not None:
-            bias[:, positive:] += expect.keep.double().log()
-        if expect.blocks is not None and layers[id(self)] not in expect.blocks:
-            allowed[:, positive:] = False
+        k, v = self.norm_k(self.k(context)), self.v(context)
+        z = eq_9(q, k, v, self.num_heads, n, expect, layers[id(self)], record, id(self) in own)
+        return self.o((out + z).to(x.dtype))
 
-        def seen(weights):
-            if id(self) in own and allowed[:, positive:].all():
-                record.shares.append((layers[id(self)], weights[..., positive:].sum(-1).mean(1)))
+    with methods_replaced({cls: forward for cls in (wan.WanT2VCrossAttention, wan.WanI2VCrossAttention)}):
+        yield
 
-        return self.o((out + dense(q, k, v, self.num_heads, allowed, bias, seen)).to(x.dtype))
 
-    originals = {cls: cls.forward for cls in (wan.WanT2VCrossAttention, wan.WanI2VCrossAttention)}
-    for cls in originals:
+@contextlib.contextmanager
+def unet_cross_attention(model, n, expect, record):
+    """While open, a UNet's attn2 layers are Eq. 9 on [P, N]; every other attention is ComfyUI's."""
+    unet, layers = model.model.diffusion_model, {}
+    middle = [] if unet.middle_block is None else [unet.middle_block]
+    for block in (*unet.input_blocks, *middle, *unet.output_blocks):
+        found = [layer.attn2 for layer in block.modules() if hasattr(layer, "attn2")]
+        if found:
+            index = len(set(layers.values()))
+            layers.update({id(attention): index for attention in found})
+    original = unet_attention.CrossAttention.forward
+
+    def forward(self, x, context=None, value=None, mask=None, transformer_options=None):
+        if id(self) not in layers:
+            return original(self, x, context, value, mask, transformer_options)
+        assert mask is None
+        record.joint += 1
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context if value is None else value)
+        return self.to_out(eq_9(q, k, v, self.heads, n, expect, layers[id(self)], record).to(x.dtype))
+
+    with methods_replaced({unet_attention.CrossAttention: forward}):
+        yield
+
+
+@contextlib.contextmanager
+def cosmos_cross_attention(model, n, expect, record):
+    """While open, the cross-attention layers of Cosmos Predict2 and Anima are Eq. 9 on [P, N]."""
+    layers = {id(block.cross_attn): i for i, block in enumerate(model.model.diffusion_model.blocks)}
+    original = cosmos.Attention.forward
+
+    def forward(self, x, context=None, rope_emb=None, **kw):
+        if id(self) not in layers:
+            return original(self, x, context, rope_emb, **kw)
+        record.joint += 1
+        q, k, v = (
+            norm(project(t).unflatten(-1, (self.n_heads, self.head_dim))).flatten(2)
+            for norm, project, t in (
+                (self.q_norm, self.q_proj, x),
+                (self.k_norm, self.k_proj, context),
+                (self.v_norm, self.v_proj, context),
+            )
+        )
+        return self.output_proj(eq_9(q, k, v, self.n_heads, n, expect, layers[id(self)], record).to(x.dtype))
+
+    with methods_replaced({cosmos.Attention: forward}):
+        yield
+
+
+@contextlib.contextmanager
+def methods_replaced(forwards):
+    """While open, each class has the ``forward`` that it is given here."""
+    originals = {cls: cls.forward for cls in forwards}
+    for cls, forward in forwards.items():
         cls.forward = forward
     try:
         yield
@@ -259,12 +325,20 @@ def wan_cross_attention(model, n, expect, record):
             cls.forward = original
 
 
+CROSS = {
+    "patch_embedding": wan_cross_attention,
+    "input_blocks": unet_cross_attention,
+    "pos_embedder": cosmos_cross_attention,
+}
+"""The oracles of cross-attention models, by an attribute of the model that is theirs alone."""
+
+
 def oracle_model(model, expects, released=False):
     """A clone of ``model`` (stock) on which every entry with an ``Expect`` runs as the oracle says; and its record."""
     record = Record()
     is_flux = hasattr(model.model.diffusion_model, "double_blocks")
-    is_wan = hasattr(model.model.diffusion_model, "patch_embedding")
     diffusion_model = model.model.diffusion_model
+    cross = next((f for name, f in CROSS.items() if hasattr(diffusion_model, name)), None)
     is_z_image = hasattr(diffusion_model, "context_refiner")
     embedder = getattr(diffusion_model, "pe_embedder", None)
     patch = getattr(diffusion_model, "patch_size", 2)
@@ -277,14 +351,15 @@ def oracle_model(model, expects, released=False):
             c = {k: _chunk(v, chunks, j) for k, v in params["c"].items()}
             x, t = params["input"].chunk(chunks)[j], params["timestep"].chunk(chunks)[j]
             text = c["c_crossattn"]
-            expect = next((e for e in expects if torch.equal(e.positive.to(text), text[:1])), None)
+            own = {id(e): text[:, : e.positive.shape[1]] for e in expects}  # a UNet's may be repeated for the batch
+            expect = next((e for e in expects if torch.equal(e.positive.to(text), own[id(e)][:1])), None)
             if expect is None:
                 pieces.append(apply_model(x, t, **c))
                 continue
             n = expect.negative.expand(x.shape[0], -1, -1).to(text)
-            if is_wan:
-                c["c_crossattn"] = torch.cat([text, n], dim=1)
-                with wan_cross_attention(model, n.shape[1], expect, record):
+            if cross is not None:
+                c["c_crossattn"] = torch.cat([own[id(expect)], n], dim=1)
+                with cross(model, n.shape[1], expect, record):
                     pieces.append(apply_model(x, t, **c))
                 continue
             if is_z_image:

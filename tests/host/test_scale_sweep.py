@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import conditioning, load_flux, load_sd3, load_wan, relative, sample, text
 from hosting.graph import only_node, to_prompt
+from hosting.toy_graphs import with_toys
 from PIL import Image
 
 import nodes
@@ -127,16 +128,7 @@ def test_the_model_before_it_is_untouched(pack, models):
 def test_shipped_workflow(client):
     """On a real server with tiny models in place of the big ones: a sheet of five different pictures."""
     workflow = json.loads((ROOT / "workflows" / "vsf_scale_sweep_sd35_large_turbo.json").read_text(encoding="utf-8"))
-    prompt = to_prompt(workflow, client.object_info())
-    models, clip = only_node(prompt, "CheckpointLoaderSimple"), only_node(prompt, "TripleCLIPLoader")
-    names = {"clip_name": "vsf_tiny_clip_l.safetensors", "type": "sd3"}
-    prompt[clip] = {"class_type": "CLIPLoader", "inputs": names}
-    names = {"unet_name": "vsf_tiny_sd3.safetensors", "weight_dtype": "default"}
-    prompt[models] = {"class_type": "UNETLoader", "inputs": names}
-    prompt["vae"] = {"class_type": "VAELoader", "inputs": {"vae_name": "taesd3"}}
-    prompt[only_node(prompt, "VAEDecode")]["inputs"]["vae"] = ["vae", 0]
-    prompt[only_node(prompt, "EmptySD3LatentImage")]["inputs"].update(width=64, height=64)
-    prompt[only_node(prompt, "KSampler")]["inputs"]["steps"] = 2
+    prompt = with_toys(to_prompt(workflow, client.object_info()))
     outputs = client.run(prompt)
     ref = outputs[only_node(prompt, "SaveImage")]["images"][0]
     picture = np.array(Image.open(BytesIO(client.image(ref))))

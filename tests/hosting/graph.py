@@ -13,7 +13,8 @@ from hosting.errors import HostError
 Prompt = dict[str, dict[str, Any]]
 Source = tuple[dict[str, Any], int]
 
-WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
+"""Of a dynamic combo only choices that bring no further inputs are understood."""
 SEED_NAMES = ("seed", "noise_seed")
 NOTES = ("MarkdownNote", "Note")
 MUTED, BYPASSED = 2, 4

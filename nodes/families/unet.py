@@ -1,0 +1,49 @@
+"""The UNets, Stable Diffusion 1.5, 2.1 and SDXL: text is seen in cross-attention alone (attn2); its keys are [N, P].
+
+Transformer layers sit in some of the input, middle and output blocks, at up to four sizes of the picture's grid."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..blocks import Block, Counts
+from .base import Family, Released
+
+
+class UNet(Family):
+    title = "Stable Diffusion 1.5, 2.1 and SDXL (with Lightning, DMD2, LCM and other LoRAs)"
+    model_classes = frozenset({"comfy.model_base.BaseModel", "comfy.model_base.SDXL"})
+    encoders = frozenset({"sd1", "sd2", "sdxl"})
+    patch_size = 1
+    depths = (1, 2, 4, 8)
+    released = Released(copy=False, kinds=frozenset({"input", "middle", "output"}))  # the same as the paper's Eq. 9
+    cross = True
+    marker = "attn2"
+
+    def check(self, model: Any) -> None:
+        if not any(self.block_counts(model.diffusion_model).values()):
+            raise ValueError("VSF: this UNet has no cross-attention, so it takes no text. Use one that does.")
+
+    def block_counts(self, diffusion_model: Any) -> Counts:
+        parts = {
+            "input": diffusion_model.input_blocks,
+            "middle": [diffusion_model.middle_block or nn.Identity()],
+            "output": diffusion_model.output_blocks,
+        }
+        with_text = {kind: [i for i, block in enumerate(part) if any(_text(block))] for kind, part in parts.items()}
+        return {kind: numbers for kind, numbers in with_text.items() if numbers}
+
+    def context_width(self, diffusion_model: Any) -> int:
+        return next(_text(diffusion_model)).to_k.in_features
+
+    def head_dim(self, diffusion_model: Any) -> int:
+        return max(attention.dim_head for attention in _text(diffusion_model))
+
+    def block_of(self, options: Mapping[str, Any], before: int) -> Block:
+        return options["block"]
+
+
+def _text(part: nn.Module) -> Iterator[Any]:
+    """The attentions over text of a part of the model."""
+    return (layer.attn2 for layer in part.modules() if getattr(layer, "attn2", None) is not None)

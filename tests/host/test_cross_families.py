@@ -1,0 +1,596 @@
+"""The families whose text is seen in cross-attention alone, whole models through the real sampler.
+
+One ``Family`` below is all that a further one needs.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import pytest
+import torch
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
+from encoders import make_cosmos_clip, make_unet_clip
+from helpers import conditioning, load_cosmos, load_unet, relative, sample, spy_override, text, with_override
+from oracle import Expect, oracle_model
+
+
+@dataclass(frozen=True)
+class Family:
+    load: Callable
+    clip: Callable
+    width: int
+    """Of the text's embedding."""
+    pooled: int
+    channels: int
+    sizes: Sequence[tuple[int, ...]]
+    """Latent sizes: an even one first, then odd ones."""
+    layers: int
+    """Attentions over text in one forward pass."""
+    blocks: dict[str, set[int]]
+    """Some choices of ``blocks``, and which they are, counting blocks with text."""
+    bad_blocks: dict[str, str]
+    """Some that are wrong, and what the error says of the right ones."""
+    patches: Sequence[int] = (2,)
+    """Latent pixels along a side of an image token, for each grid that the model has."""
+    options: dict = field(default_factory=dict)
+    """What a prompt has besides its embedding."""
+    length: int | None = None
+    """Of the text as the model sees it, where that is always the same."""
+
+    def prompt(self, length=13, seed=1):
+        """A CONDITIONING whose text has so many tokens."""
+        return conditioning(length, seed, self.width, self.pooled, **self.options)
+
+    def negative(self, n, seed=5, gain=1.0):
+        """One of which n tokens will be seen."""
+        return [[text(n, seed, self.width) * gain, {}]]
+
+    def seen(self, model, prompt):
+        """A CONDITIONING's text as the model's blocks see it, without padding of the model's own."""
+        return prompt[0][0]
+
+
+@dataclass(frozen=True)
+class Anima(Family):
+    """Its adapter reads the encoder's tokens for each T5 token, and fills up with zeros."""
+
+    def prompt(self, length=13, seed=1):
+        return self.with_t5(super().prompt(length + 3, seed), length, seed)
+
+    def negative(self, n, seed=5, gain=1.0):
+        return self.with_t5(super().negative(n + 2, seed, gain), n, seed)
+
+    def with_t5(self, given, length, seed):
+        g = torch.Generator().manual_seed(seed)
+        ids, weights = torch.randint(3, 32000, (length,), generator=g), 0.5 + torch.rand(length, generator=g)
+        return [[given[0][0], {**given[0][1], "t5xxl_ids": ids.int(), "t5xxl_weights": weights}]]
+
+    def seen(self, model, prompt):
+        cond, options = prompt[0]
+        with torch.inference_mode():
+            made = model.model.diffusion_model.preprocess_text_embeds(
+                cond, options["t5xxl_ids"][None], options["t5xxl_weights"][None, :, None]
+            )
+        return made if "pooled_output" in options else made[:, : len(options["t5xxl_ids"])]
+
+
+SIZES_2D = ((8, 12), (7, 11), (1, 9))
+SIZES_3D = ((3, 8, 10), (2, 7, 9), (1, 8, 12))
+COSMOS = {
+    **{"width": 1024, "pooled": 8, "channels": 16, "sizes": SIZES_3D, "layers": 10},
+    "blocks": {"double:3": {3}, "double:-1,double:8-": {0, 1, 8, 9}, "all": set(range(10))},
+    "bad_blocks": {"double:10": "double:0-9", "single": "double:0-9"},
+}
+UNET = {"channels": 4, "sizes": SIZES_2D, "patches": (1, 2, 4)}
+
+FAMILIES = {
+    "sd1": Family(
+        load=lambda: load_unet("sd1"),
+        clip=lambda: make_unet_clip("sd1"),
+        width=768,
+        pooled=768,
+        layers=7,
+        blocks={"input:1": {0}, "input:2-3,middle": {1, 2}, "output": {3, 4, 5, 6}},
+        bad_blocks={"input:0": "input:1-1, input:3-3, middle:0-0, output:2-5", "double": "input:1-1"},
+        **UNET,
+    ),
+    "sd2": Family(
+        load=lambda: load_unet("sd2"),
+        clip=lambda: make_unet_clip("sd2"),
+        width=1024,
+        pooled=1024,
+        layers=7,
+        blocks={"middle,output:5": {2, 6}},
+        bad_blocks={"output:6": "output:2-5"},
+        **UNET,
+    ),
+    "sdxl": Family(
+        load=lambda: load_unet("sdxl"),
+        clip=lambda: make_unet_clip("sdxl"),
+        width=2048,
+        pooled=1280,
+        layers=2 + 5 + 1 + 2 + 1 + 1 + 2,
+        blocks={"input:-4": {0}, "input:5,output:1-2": {1, 4, 5}, "all": set(range(7))},
+        bad_blocks={"input:4": "input:3-3, input:5-5, middle:0-0, output:0-3", "input:0-9": "input:3-3"},
+        **UNET,
+    ),
+    "cosmos": Family(load=lambda: load_cosmos("cosmos"), clip=lambda: make_cosmos_clip("cosmos"), **COSMOS),
+    "anima": Anima(load=lambda: load_cosmos("anima"), clip=lambda: make_cosmos_clip("anima"), length=512, **COSMOS),
+}
+
+
+@lru_cache(maxsize=1)
+def loaded(name):
+    """One at a time: some are narrow rather than tiny."""
+    return FAMILIES[name].load()
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def family(name):
+    return FAMILIES[name]
+
+
+@pytest.fixture
+def model(name):
+    return loaded(name)
+
+
+def run(family, model, positive, negative=None, **kw):
+    kw = {"size": family.sizes[0], "channels": family.channels, "steps": 2, **kw}
+    with torch.inference_mode():  # as ComfyUI does
+        return sample(model, positive, negative or family.prompt(seed=99), **kw)
+
+
+def oracle_of(family, model, positive, negative, alpha=3.3, beta=0.2, **expect):
+    seen = (family.seen(model, prompt) for prompt in (positive, negative))
+    return oracle_model(model, [Expect(*seen, alpha, beta, **expect)])
+
+
+def both(pack, family, model, n=5, positive=None, alpha=1.9, beta=0.2, patch=(), node=(), expect=(), **kw):
+    """The latents of a patched run and of the oracle's."""
+    positive, negative = positive or family.prompt(), family.negative(n)
+    attached = pack.negative(positive, negative=negative, **dict(node))
+    oracle, record = oracle_of(family, model, positive, negative, alpha, beta, **dict(expect))
+    result = run(family, pack.patch(model, scale=alpha, offset=beta, **dict(patch)), attached, **kw)
+    expected = run(family, oracle, positive, **kw)
+    assert record.joint > 0 and record.joint % family.layers == 0
+    return result, expected
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(("n", "batch", "cfg"), [(1, 1, 1.0), (40, 2, 1.0), (5, 2, 2.5)])
+@pytest.mark.parametrize("size", [0, 1, 2], ids=["even", "odd", "flat"])
+def test_parity(pack, family, model, n, batch, cfg, size):
+    size = family.sizes[size]
+    result, expected = both(pack, family, model, n=n, batch=batch, cfg=cfg, size=size)
+    assert relative(result, expected) <= 1e-5
+    assert relative(run(family, model, family.prompt(), batch=batch, cfg=cfg, size=size), expected) > 1e-4
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(-2.0, -0.6), (0.0, 0.0), (6.0, 2.0), (0.8, 2.0)])
+def test_parity_over_scale_and_offset(pack, family, model, alpha, beta):
+    result, expected = both(pack, family, model, alpha=alpha, beta=beta)
+    assert relative(result, expected) <= 1e-5
+
+
+def tokens_on_each_grid(family, size):
+    frames = math.prod(size[:-2])
+    return [frames * math.ceil(size[-2] / p) * math.ceil(size[-1] / p) for p in family.patches]
+
+
+@pytest.mark.parametrize("cfg", [1.0, 2.5])
+@pytest.mark.parametrize("grid", [0, -1])
+def test_as_many_image_tokens_as_text_tokens(pack, family, model, grid, cfg):
+    """Self-attention must pass through untouched."""
+    size = (*family.sizes[0][:-2], 8, 16)
+    length, n = tokens_on_each_grid(family, size)[grid] - 5, 5
+    if family.length is not None:
+        size = (1, 44, 48)
+        length, n = 13, tokens_on_each_grid(family, size)[grid] - family.length
+    result, expected = both(pack, family, model, positive=family.prompt(length), n=n, size=size, cfg=cfg)
+    assert relative(result, expected) <= 1e-5
+
+
+def test_blocks(pack, family, model):
+    for blocks, selected in family.blocks.items():
+        result, expected = both(pack, family, model, patch={"blocks": blocks}, expect={"blocks": selected})
+        assert relative(result, expected) <= 1e-5, blocks
+        other, _ = both(pack, family, model)
+        assert (relative(other, expected) > 1e-4) == (blocks != "all")
+
+
+def test_wrong_blocks_name_the_right_ones(pack, family, model):
+    for blocks, right in family.bad_blocks.items():
+        with pytest.raises(ValueError, match=right):
+            pack.patch(model, blocks=blocks)
+
+
+def shares(cells, p):
+    """By hand: how much of each square of ``p`` pixels of ``cells`` [frames, h, w] is inside; of those at the edge, the
+    pixels that lie beyond are like the nearest."""
+    frames, h, w = cells.shape
+    out = []
+    for f in range(frames):
+        for top in range(0, h, p):
+            for left in range(0, w, p):
+                rows = [min(top + i, h - 1) for i in range(p)]
+                columns = [min(left + i, w - 1) for i in range(p)]
+                out.append(sum(cells[f, r, c].item() for r in rows for c in columns) / p**2)
+    return torch.tensor(out)
+
+
+def region(size):
+    """Cells of a latent [frames, h, w] of which some are inside, and the picture mask of which they come."""
+    h, w = size[-2:]
+    cells = torch.zeros(h, w)
+    cells[h // 3 : h // 3 + 3, 2:7] = 1.0
+    return cells, cells.repeat_interleave(8, 0).repeat_interleave(8, 1)[None]
+
+
+def kept(family, size, cells, n):
+    """``Expect.keep``: for each number of image tokens, which of them see the negative's n tokens."""
+    frames = math.prod(size[:-2])
+    rows = {}
+    for p in family.patches:
+        share = shares(cells.expand(frames, -1, -1), p)
+        rows[len(share)] = share[:, None].expand(-1, n)
+    return rows if len(family.patches) > 1 else rows.popitem()[1]
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("cfg", [1.0, 2.5])
+@pytest.mark.parametrize("size", [0, 1], ids=["even", "odd"])
+def test_mask(pack, family, model, size, cfg):
+    size = family.sizes[size]
+    cells, pixels = region(size)
+    keep = kept(family, size, cells, 5)
+    result, expected = both(pack, family, model, node={"mask": pixels}, expect={"keep": keep}, size=size, cfg=cfg)
+    assert relative(result, expected) <= 1e-5
+    everywhere, _ = both(pack, family, model, size=size, cfg=cfg)
+    assert relative(everywhere, expected) > 1e-4
+
+
+def test_two_negatives_with_a_region_each(pack, family, model):
+    size = family.sizes[0]
+    cells, pixels = region(size)
+    positive, left, right = family.prompt(), family.negative(5, 5), family.negative(3, 6)
+    attached = pack.negative(positive, negative=left, mask=pixels)
+    attached = pack.negative(attached, negative=right, mask=1 - pixels, strength=0.5)
+    inside, outside = kept(family, size, cells, 5), kept(family, size, 1 - cells, 3)
+    if isinstance(inside, dict):
+        keep = {tokens: torch.cat([inside[tokens], outside[tokens]], dim=1) for tokens in inside}
+    else:
+        keep = torch.cat([inside, outside], dim=1)
+    alpha = torch.tensor([2.0] * 5 + [1.0] * 3)
+    seen = torch.cat([family.seen(model, left), family.seen(model, right)], dim=1)
+    oracle, _ = oracle_model(model, [Expect(family.seen(model, positive), seen, alpha, 0.2, keep=keep)])
+    for cfg in (1.0, 2.5):
+        result = run(family, pack.patch(model, scale=2.0), attached, cfg=cfg)
+        assert relative(result, run(family, oracle, positive, cfg=cfg)) <= 1e-5
+
+
+def reversed_keys(func, q, k, v, heads, **kw):
+    axis = 2 if kw.get("skip_reshape") else 1
+    return func(q, k.flip(axis), v.flip(axis), heads, **kw)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("cfg", [1.0, 2.5])
+def test_neutrality_at_a_large_finite_offset(pack, family, model, cfg):
+    """N reached every block and changed nothing, however large it is."""
+    stock = run(family, model, family.prompt(), cfg=cfg)
+    attached = pack.negative(family.prompt(), negative=family.negative(40, gain=3.0))
+    patched, seen = pack.patch(model, offset=60.0), []
+    assert relative(run(family, patched, attached, cfg=cfg), stock) <= 1e-6
+    # a mask's sum runs over more keys: as exact as stock is when it sums its own keys in another order
+    masked = run(family, with_override(patched, spy_override(seen)), attached, cfg=cfg)
+    reordered = run(family, with_override(model, reversed_keys), family.prompt(), cfg=cfg)
+    assert relative(masked, stock) <= max(1e-6, 2 * relative(reordered, stock))
+    assert seen.count((family.length or 13) + 40) == 2 * family.layers
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("cfg", [1.0, 2.5])
+def test_isolation(pack, family, model, cfg):
+    """Where the picture sees nothing of N (beta = +inf), N changes nothing: nothing else reads it."""
+    nowhere = torch.zeros(1, 8, 8)
+    results = []
+    for seed, n in ((5, 5), (6, 5), (7, 40)):
+        attached = pack.negative(family.prompt(), negative=family.negative(n, seed, gain=3.0), mask=nowhere)
+        results.append(run(family, pack.patch(model), attached, cfg=cfg))
+    stock = run(family, model, family.prompt(), cfg=cfg)
+    assert torch.equal(results[0], results[1])
+    assert all(relative(result, stock) <= 1e-6 for result in results)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("cfg", [1.0, 2.5])
+def test_off(pack, family, model, cfg):
+    stock = run(family, model, family.prompt(), cfg=cfg)
+    attached = pack.negative(family.prompt(), negative=family.negative(5))
+    patched = pack.patch(model)
+    assert torch.equal(run(family, model, attached, cfg=cfg), stock)
+    assert torch.equal(run(family, patched, family.prompt(), cfg=cfg), stock)
+    assert torch.equal(run(family, pack.patch(model, start_percent=0.999), attached, cfg=cfg), stock)
+
+    def fail(func, q, k, v, heads, **kw):
+        raise RuntimeError("injected")
+
+    with pytest.raises(RuntimeError, match="injected"):
+        run(family, with_override(patched, fail), attached, cfg=cfg)
+    assert not torch.equal(run(family, patched, attached, cfg=cfg), stock)
+    assert torch.equal(run(family, model, family.prompt(), cfg=cfg), stock)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 2.5])
+@pytest.mark.parametrize("lengths", [(8, 16), (16, 8), (6, 9)])
+def test_prompts_of_different_lengths(pack, family, model, lengths, cfg):
+    """ComfyUI repeats a shorter prompt of a UNet to the length of the other, to let both share a batch."""
+    positive, other = family.prompt(lengths[0]), family.prompt(lengths[1], seed=99)
+    result, expected = both(pack, family, model, positive=positive, negative=other, cfg=cfg)
+    assert relative(result, expected) <= 1e-5
+
+
+def test_row_mask_path(pack, family, model):
+    """An attention of another pack's: no log-sum-exp, so with a mask of one row, or of a row for each image token."""
+    positive, negative, size = family.prompt(), family.negative(5), family.sizes[0]
+    cells, pixels = region(size)
+    for node, expect in ({}, {}), ({"mask": pixels}, {"keep": kept(family, size, cells, 5)}):
+        attached, seen = pack.negative(positive, negative=negative, **node), []
+        oracle, _ = oracle_of(family, model, positive, negative, **expect)
+        result = run(family, with_override(pack.patch(model), spy_override(seen)), attached, batch=2, cfg=2.5)
+        assert relative(result, run(family, oracle, positive, batch=2, cfg=2.5)) <= 1e-5
+        assert len(seen) > 2 * family.layers
+
+
+def test_a_block_that_computes_its_attention_past_comfyui_fails_loudly(pack, name, family, model, monkeypatch):
+    """An error in the first step, not a picture without effect."""
+    from comfy.ldm.modules import attention
+
+    def direct(q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape=False, **kw):
+        if not skip_reshape:
+            q, k, v = (t.reshape(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k, v))
+        z = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return z if skip_output_reshape else z.transpose(1, 2).flatten(2)
+
+    import comfy.ldm.cosmos.predict2
+
+    for module in (attention, comfy.ldm.cosmos.predict2):
+        monkeypatch.setattr(module, "optimized_attention", direct)
+    attached = pack.negative(family.prompt(), negative=family.negative(5))
+    with pytest.raises(RuntimeError, match=r"ran without the attention call over text|no block of this model ran"):
+        run(family, pack.patch(model), attached)
+
+
+def test_compiled_whole(pack, name, family, model):
+    """ComfyUI's TorchCompileModel: no graph break, and no graph of stock or of another negative is mistaken."""
+    if name in ("sd1", "sd2"):
+        pytest.skip("the same class as SDXL's, and a minute each")
+    torch._dynamo.reset()
+    compiled = model.clone()
+    options = {"guard_filter_fn": skip_torch_compile_dict}
+    set_torch_compile_wrapper(compiled, "eager", options, keys=["diffusion_model"], fullgraph=True)
+    size = family.sizes[0]
+    cells, pixels = region(size)
+    for n, settings, node in (
+        (0, {}, {}),
+        (5, {}, {}),
+        (9, {"scale": 1.0}, {}),
+        (0, {}, {}),
+        (5, {"blocks": next(iter(family.blocks))}, {}),
+        (5, {}, {"mask": pixels}),
+    ):
+        positive, pair = family.prompt(), [model, compiled]
+        if n:
+            positive = pack.negative(positive, negative=family.negative(n), **node)
+            pair = [pack.patch(m, **settings) for m in pair]
+        with torch.no_grad():
+            eager, result = (run(family, m, positive, steps=1) for m in pair)
+        assert relative(result, eager) <= (1e-5 if n else 0.0)
+    torch._dynamo.reset()
+
+
+# -- from text
+
+
+WORDS = {"a red roof": ["a", "red", "roof"], "roof": ["roof"]}
+
+
+@lru_cache(maxsize=1)
+def cached_clip(name):
+    return FAMILIES[name].clip()
+
+
+@pytest.fixture
+def clip(name):
+    return cached_clip(name)
+
+
+def attached_of(pack, clip, words, **kw):
+    return pack.negative(conditioning(), clip=clip, text=words, **kw)[0][1]["vsf_negatives"][-1]
+
+
+@pytest.mark.smoke
+def test_from_text_to_picture(pack, name, family, model, clip):
+    """The encoder's negative is one that the model takes."""
+    attached = pack.negative(family.prompt(), clip=clip, text="a red roof")
+    assert attached[0][1]["vsf_negatives"][0].encoder is not None
+    result = run(family, pack.patch(model), attached)
+    assert relative(result, run(family, model, family.prompt())) > 1e-4
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("words", [*WORDS, "naïve café 屋根 🏠"])
+def test_cosmos_keeps_its_own_tokens(pack, words):
+    """T5's, with its end, as its tokenizer gives them without padding; padding is masked and zeroed, so trimming before
+    or after encoding is the same."""
+    clip = FAMILIES["cosmos"].clip()
+    made, padded = attached_of(pack, clip, words), clip.encode_from_tokens(clip.tokenize(words))
+    n = len(clip.tokenizer.clip_t5xxl.tokenizer(words)["input_ids"])
+    assert padded.shape[1] == 512 and made.tokens.shape[1] == n and made.encoder == "cosmos"
+    assert relative(made.tokens, padded[:, :n]) < 1e-5
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("words", [*WORDS, "naïve café 屋根 🏠", "(roof:1.3) and (door)"])
+def test_anima_keeps_its_own_tokens(pack, words):
+    """An embedding a T5 token, and T5's end, as the tokenizers give them; the node's text is what a prompt would be."""
+    family, model, clip = FAMILIES["anima"], loaded("anima"), cached_clip("anima")
+    made = attached_of(pack, clip, words)
+    plain = words.replace("(roof:1.3)", "roof").replace("(door)", "door")
+    cond, options = clip.encode_from_tokens_scheduled(clip.tokenize(words))[0]
+    assert torch.equal(made.tokens, cond) and made.encoder == "anima"
+    if words == plain:  # weighted parts are tokenized apart
+        assert made.tokens.shape[1] == len(clip.tokenizer.qwen3_06b.tokenizer(words)["input_ids"])
+        assert made.extra["t5xxl_ids"].tolist() == clip.tokenizer.t5xxl.tokenizer(words)["input_ids"]
+    positive = family.prompt()
+    as_prompt = pack.negative(positive, negative=[[cond, {**options, "attention_mask": None}]])
+    as_text = pack.negative(positive, clip=clip, text=words)
+    results = [run(family, pack.patch(model), attached) for attached in (as_text, as_prompt)]
+    assert torch.equal(*results)
+    oracle, _ = oracle_of(family, model, positive, [[made.tokens, made.extra]])
+    assert relative(results[0], run(family, oracle, positive)) <= 1e-5
+
+
+def test_anima_shows_its_words_and_cannot_extrapolate(pack, caplog):
+    clip, family = cached_clip("anima"), FAMILIES["anima"]
+    node = pack.mapping["VSFNegativeConditioning"]
+    shown = node.execute(positive=conditioning(), clip=clip, text="red café").ui.as_dict()["text"][0]
+    n = len(clip.tokenizer.t5xxl.tokenizer("red café")["input_ids"])
+    assert shown.splitlines() == [f"pushes away {n} tokens", "Qwen3: red · café"]
+    with pytest.raises(ValueError, match="Anima .* pads none. Set extrapolation to 0"):
+        attached_of(pack, clip, "roof", extrapolation=8.0)
+    with caplog.at_level(logging.INFO):
+        run(family, pack.patch(loaded("anima")), pack.negative(family.prompt(), clip=clip, text="red café"))
+    assert any(f"Anima: {n} negative tokens" in record.getMessage() for record in caplog.records)
+
+
+def test_a_negative_of_another_encoder_is_refused(pack):
+    """Cosmos and Anima take embeddings of the same width."""
+    family = FAMILIES["anima"]
+    attached = pack.negative(family.prompt(), clip=FAMILIES["cosmos"].clip(), text="roof")
+    with pytest.raises(ValueError, match='of type "cosmos", but this model'):
+        run(family, pack.patch(loaded("anima")), attached)
+
+
+# -- UNets
+
+UNETS = ("sd1", "sd2", "sdxl")
+
+
+@pytest.fixture
+def unet(name):
+    if name not in UNETS:
+        pytest.skip("no UNet")
+    return name
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("words", [*WORDS, "naïve café 屋根 🏠", "wow!!!"])
+def test_clip_keeps_the_words_alone(pack, unet, clip, words):
+    """The positions of the words in the padded encoding, counted by the tokenizers themselves."""
+    made = attached_of(pack, clip, words)
+    padded = clip.encode_from_tokens(clip.tokenize(words))
+    inner = getattr(clip.tokenizer, "clip_g", None) or getattr(clip.tokenizer, clip.tokenizer.clip)
+    n = len(inner.tokenizer(words)["input_ids"]) - 2
+    assert padded.shape[1] == 77 and made.tokens.shape[1] == n and made.encoder == unet
+    assert torch.equal(made.tokens, padded[:, 1 : 1 + n])
+
+
+def test_clip_chunks_keep_the_words_alone(pack, unet, clip):
+    """120 words: 75 in the first chunk of 77, 45 in the next."""
+    words = "house " * 120
+    padded = clip.encode_from_tokens(clip.tokenize(words))
+    made = attached_of(pack, clip, words).tokens
+    assert torch.equal(made, torch.cat([padded[:, 1:76], padded[:, 78 : 78 + 45]], dim=1))
+
+
+def test_weights_and_extrapolation(pack, unet, clip):
+    light, heavy = (attached_of(pack, clip, words).tokens for words in ("(roof:1.0)", "(roof:1.6)"))
+    assert light.shape == heavy.shape == (1, 1, light.shape[2]) and not torch.equal(light, heavy)
+    null = clip.encode_from_tokens(clip.tokenize(""))[:, 2:].mean(1, keepdim=True)
+    moved = attached_of(pack, clip, "roof", extrapolation=8.0).tokens
+    assert relative(moved, light * 9 - 8 * null) < 1e-5
+
+
+def test_node_shows_the_words(pack, unet, clip):
+    node = pack.mapping["VSFNegativeConditioning"]
+    shown = node.execute(positive=conditioning(), clip=clip, text="red roof").ui.as_dict()["text"][0]
+    assert shown.splitlines() == ["pushes away 2 tokens", "CLIP: red · roof"]
+
+
+def test_record_refuses_unets(pack, unet, model):
+    with pytest.raises(ValueError, match="VSF Record cannot serve .*SDXL"):
+        pack.mapping["VSFRecord"].execute(model=pack.patch(model))
+
+
+def test_attn2_patches_of_other_nodes(pack, unet, family, model):
+    """One that changes the text, before ours or after, and one that replaces the attention by ComfyUI's own call."""
+    from comfy.ldm.modules.attention import optimized_attention
+
+    def doubled(n, context, value, options):
+        return n, context * 1.2, value * 0.8
+
+    def replaced(q, k, v, options):
+        return optimized_attention(q, k, v, options["n_heads"], transformer_options=options)
+
+    def theirs(m):
+        m = m.clone()
+        m.set_model_attn2_patch(doubled)
+        m.set_model_attn2_replace(replaced, "middle", 0)
+        return m
+
+    positive, negative = family.prompt(), family.negative(5)
+    oracle, _ = oracle_of(family, model, positive, negative)
+    oracle.set_model_attn2_patch(doubled)
+    expected = run(family, oracle, positive)
+    attached = pack.negative(positive, negative=negative)
+    for patched in (theirs(pack.patch(model)), pack.patch(theirs(model))):
+        assert relative(run(family, patched, attached), expected) <= 1e-5
+
+
+def test_attn2_replacement_past_comfyui_fails_loudly(pack, unet, family, model):
+    """As IP-Adapters do: their own attention call, which nobody can hook into."""
+
+    def replaced(q, k, v, options):
+        q, k, v = (t.unflatten(-1, (options["n_heads"], -1)).transpose(1, 2) for t in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    m = model.clone()
+    m.set_model_attn2_replace(replaced, "middle", 0)
+    attached = pack.negative(family.prompt(), negative=family.negative(5))
+    with pytest.raises(RuntimeError, match="middle block 0 ran without the attention call over text"):
+        run(family, pack.patch(m), attached)
+
+
+def test_picture_shrunk_inside_the_model(pack, unet, family, model):
+    """Kohya's Deep Shrink: fine without a mask, an error with one."""
+    from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
+
+    def shrunk(m):
+        return PatchModelAddDownscale.execute(m, 2, 1.75, 0.0, 1.0, True, "bicubic", "bicubic").result[0]
+
+    positive, negative = family.prompt(), family.negative(5)
+    attached = pack.negative(positive, negative=negative)
+    oracle, _ = oracle_of(family, model, positive, negative)
+    expected = run(family, shrunk(oracle), positive, size=(16, 20))
+    assert relative(run(family, shrunk(pack.patch(model)), attached, size=(16, 20)), expected) <= 1e-5
+    masked = pack.negative(positive, negative=negative, mask=torch.ones(1, 8, 8) * 0.5)
+    with pytest.raises(RuntimeError, match="another node changes the size of the picture inside the model"):
+        run(family, shrunk(pack.patch(model)), masked, size=(16, 20))
+
+
+def test_models_of_other_classes_are_refused(pack, unet, model, monkeypatch):
+    other = type("SD21UNCLIP", (type(model.model),), {"__module__": "comfy.model_base"})
+    monkeypatch.setattr(model.model, "__class__", other)
+    with pytest.raises(ValueError, match=r"SD21UNCLIP are not supported.*Stable Diffusion 1\.5, 2\.1 and SDXL"):
+        pack.patch(model)

@@ -2,6 +2,8 @@
 
 T5 is bidirectional: its token list is trimmed before it is encoded, since the kept part of a padded encoding is another
 thing. CLIP is causal and insists on 77 tokens: it is encoded padded, and its embeddings are cut after the end token.
+Language models get the words inside the template that ComfyUI puts around every prompt; the words' embeddings are kept,
+those of the template (system text, turns of the chat) are not what anybody wants pushed away.
 """
 
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ class Segment:
     encoders: dict[str, str]
     """Key in the token dict -> attribute of the model; several (CLIP-L, CLIP-G) share the same positions."""
     causal: bool
+    template: bool = False
+    """Its tokens are words inside a fixed template, of whose beginning the encoder's output may lack something."""
     words_only: bool = False
     """Start and end tokens are not kept either."""
 
@@ -68,6 +72,32 @@ ENCODERS = (
         "wan", "Wan (CLIPLoader of type wan)", "WanT5Model", (Segment("umT5", {"umt5xxl": "umt5xxl"}, causal=False),)
     ),
     Encoder("flux", "Flux.1 (DualCLIPLoader of type flux)", "FluxClipModel", (_T5,)),
+    Encoder("chroma", "Chroma (CLIPLoader of type chroma)", "PixArtT5XXL", (_T5,)),
+    Encoder(
+        "qwen_image",
+        "Qwen-Image (CLIPLoader of type qwen_image)",
+        "QwenImageTEModel",
+        (Segment("Qwen2.5-VL", {"qwen25_7b": "qwen25_7b"}, causal=True, template=True),),
+    ),
+    Encoder(
+        "z_image",
+        "Z-Image (CLIPLoader of type lumina2)",
+        "ZImageTEModel",
+        (Segment("Qwen3", {"qwen3_4b": "qwen3_4b"}, causal=True, template=True),),
+    ),
+    Encoder(
+        "flux2",
+        "Flux.2 (CLIPLoader of type flux2)",
+        "Flux2TEModel",
+        (
+            Segment(
+                "Mistral or Qwen3",
+                {name: name for name in ("mistral3_24b", "qwen3_4b", "qwen3_8b")},
+                causal=True,
+                template=True,
+            ),
+        ),
+    ),
     Encoder(
         "cosmos",
         "Cosmos Predict2 (CLIPLoader of type cosmos)",
@@ -191,6 +221,11 @@ def _encodings(clip: Any, encoder: Encoder, tokens: dict, *, trim: bool) -> list
         of_keys, positions = [], set()
         for key, tokenizer in segment.present(clip).items():
             *full, last = tokens[key]
+            if segment.template:
+                words = _words_in(clip, segment, key, tokens)
+                of_keys.append((sum(map(len, tokens[key])), words.stop))
+                positions |= set(range(words.start, words.stop))
+                continue
             end = tokenizer.end_token if tokenizer.end_token is not None else tokenizer.pad_token
             content = content_length([t[0] for t in last], tokenizer.pad_token, end)
             before = sum(map(len, full))
@@ -204,15 +239,34 @@ def _encodings(clip: Any, encoder: Encoder, tokens: dict, *, trim: bool) -> list
         kept.append(sorted(position for position in positions if position < lengths[-1]))
     out = []
     for embedding, options in clip.encode_from_tokens_scheduled(tokens, show_pbar=False):
-        if embedding.shape[1] != sum(lengths):
+        missing = sum(lengths) - embedding.shape[1]
+        cut = missing if present[-1].template else 0  # what the encoder leaves out of the template's beginning
+        if missing != cut or not 0 <= cut < sum(lengths):
             raise RuntimeError(
                 f"VSF: {encoder.model_class} returned {embedding.shape[1]} positions where {sum(lengths)} were "
                 "expected; this ComfyUI encodes text in a way that this version of ComfyUI-VSF does not know. Please "
                 "report it."
             )
-        parts = list(map(Part, present, embedding.split(lengths, dim=1), contents, kept))
+        parts = embedding.split([length - cut for length in lengths], dim=1)
+        parts = list(map(Part, present, parts, contents, [[p - cut for p in k if p >= cut] for k in kept]))
         out.append(Encoding(parts, options.get("pooled_output"), scheduled_part(options), extra_of(options)))
     return out
+
+
+def _words_in(clip: Any, segment: Segment, key: str, tokens: dict) -> slice:
+    """Where the words are in the tokens ``key`` of a segment with a template: between the beginning and the end that it
+    has without words, too."""
+    tokenizer = segment.present(clip)[key]
+    given, bare = ([t[0] for chunk in made[key] for t in chunk] for made in (tokens, clip.tokenize("")))
+    given, bare = (ids[: content_length(ids, tokenizer.pad_token, -1)] for ids in (given, bare))
+    start = _same(given, bare)
+    return slice(start, len(given) - _same(given[start:][::-1], bare[start:][::-1]))
+
+
+def _same(a: list, b: list) -> int:
+    """How many of their first tokens two lists share."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if not isinstance(x, int) or x != y), min(len(a), len(b)))
 
 
 def _word_positions(chunks: list, tokenizer: Any) -> set[int]:
@@ -250,9 +304,10 @@ def _null_embeddings(clip: Any, encoder: Encoder) -> list[dict[str, Tensor]]:
     if key not in cached or clip.patcher.forced_hooks is not None:
         cached.clear()
         padded = _encodings(clip, encoder, clip.tokenize(""), trim=False)
-        if any(p.content >= p.embedding.shape[1] for e in padded for p in e.parts):
+        if any(p.segment.template or p.content >= p.embedding.shape[1] for e in padded for p in e.parts):
             raise ValueError(
-                f"VSF: extrapolation compares with the padding of an empty prompt, and {encoder.title} pads none. Set "
+                "VSF: extrapolation compares with the padding of an empty prompt, which only the text encoders of "
+                f"SD3, Flux.1, Wan and UNets have as the paper means it, not that of {encoder.title}. Set "
                 "extrapolation to 0."
             )
         cached[key] = [{p.segment.name: null_embedding(p.embedding, p.content) for p in e.parts} for e in padded]
@@ -260,15 +315,18 @@ def _null_embeddings(clip: Any, encoder: Encoder) -> list[dict[str, Tensor]]:
 
 
 def _words(clip: Any, segment: Segment, tokens: dict) -> list[str]:
-    """The text of a segment's tokens, without start, end and padding."""
+    """The text of a segment's tokens, without start, end, padding and template."""
     key, tokenizer = next(iter(segment.present(clip).items()))
-    special = {tokenizer.start_token, tokenizer.end_token, tokenizer.pad_token}
-    words = []
-    for pair in (pair for chunk in tokens[key] for pair in chunk):
-        if not isinstance(pair[0], int):
+    given = [pair[0] for chunk in tokens[key] for pair in chunk]
+    if segment.template:
+        given = [t for t in given[_words_in(clip, segment, key, tokens)] if isinstance(t, int)]
+        return [piece for t in given if (piece := tokenizer.tokenizer.decode([t]).strip())]
+    special, words = {tokenizer.start_token, tokenizer.end_token, tokenizer.pad_token}, []
+    for token in given:
+        if not isinstance(token, int):
             words.append("[embedding]")
         elif tokenizer.start_token is None and tokenizer.end_token is None:  # a language model's, of bytes
-            words.append(tokenizer.tokenizer.decode([pair[0]]).strip())
-        elif pair[0] not in special:
-            words.append(tokenizer.inv_vocab[pair[0]].replace("</w>", "").replace("\u2581", ""))
+            words.append(tokenizer.tokenizer.decode([token]).strip())
+        elif token not in special:
+            words.append(tokenizer.inv_vocab[token].replace("</w>", "").replace("\u2581", ""))
     return words

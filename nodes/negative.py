@@ -82,7 +82,7 @@ def step_conds(
     width = next(n.tokens.shape[-1] for group in groups for n in group)
     mixed = any(count_tokens(group) != length for group in groups)
     shared_bias = all(count_tokens(group) in (0, length) for group in groups)
-    is_video = latent.ndim == 5
+    is_video = latent.ndim == 5 and (latent.shape[2] > 1 or window is not None)  # image models may have a frame, too
     places = [[(id(n.mask), n.frames if is_video else None) for n in group] for group in groups]
     masked = any(n.mask is not None or (is_video and n.frames != (0.0, 1.0)) for group in groups for n in group)
     shared_mask = shared_bias and all(len(set(group)) <= 1 for group in places)
@@ -103,6 +103,7 @@ def step_conds(
         }
         if masked:
             mask = (_video_mask if is_video else _latent_mask)(group, length, latent, window)
+            mask = mask.unflatten(2, (-1, mask.shape[2])) if mask.ndim < latent.ndim else mask
             conds["mask"] = comfy.conds.CONDNoiseShape(mask[:, :1] if shared_mask else mask)
         if pooled:
             conds["pooled"] = comfy.conds.CONDRegular(_pooled(group, groups).to(latent)[:, None])

@@ -47,7 +47,8 @@ def check_negatives(
                 f"({negative.frames[0]:g}) and to_frame ({negative.frames[1]:g}), so it never acts. Widen them."
             )
         _check_batch("embedding", negative.tokens, latent)
-        if negative.mask is not None and latent.ndim == 4:  # in a video, the mask's pictures are frames
+        is_video = latent.ndim == 5 and latent.shape[2] > 1
+        if negative.mask is not None and not is_video:  # in a video, the mask's pictures are frames
             _check_batch("mask", negative.mask, latent)
     if mixes_pooled:  # last: a negative of another encoder has a wrong one too
         _check_pooled(entries, dtype)

@@ -10,7 +10,8 @@
 
 import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -215,7 +216,13 @@ class VSFPatch:
         self.family = family
 
     def install(self, patcher: Any) -> None:
-        """Add the wrappers to a cloned ``ModelPatcher``. Raises ``ValueError`` if it is patched already."""
+        """Add the wrappers to a cloned ``ModelPatcher``. Raises ``ValueError`` if it is patched already, or if this
+        family has no such layout."""
+        if self.settings.layout == "released" and self.family.released is None:
+            raise ValueError(
+                f"VSF: layout released does what the authors' own pipeline does, and they have none for "
+                f"{self.family.title}. Set layout to paper."
+            )
         kinds = comfy.patcher_extension.WrappersMP
         if patcher.get_wrappers(kinds.CALC_COND_BATCH, WRAPPER_KEY):
             raise ValueError(
@@ -378,8 +385,9 @@ class VSFPatch:
         compiled = is_compiled(executor.class_obj.diffusion_model, transformer_options)
         if compiled:
             ours = _lengthened(ours, -ours["tokens"].shape[1] % COMPILED_MULTIPLE)
-        if self.family.cross:
-            ours = _unmistakable(ours, c_crossattn.shape[1], self.family.other_keys(x, kwargs, diffusion_model))
+        if self.family.cross or self.family.marker is None:
+            taken = self.family.other_keys(x, kwargs, diffusion_model)
+            ours = _unmistakable(ours, c_crossattn.shape[1], taken, self.family.text_multiple(diffusion_model))
         dtype = executor.class_obj.get_dtype_inference()  # ComfyUI's own next step is this cast; here it halves a copy
         tokens = ours["tokens"].to(c_crossattn.device, dtype)
         backend = self._backend(run, transformer_options, x.device, executor.class_obj)
@@ -387,20 +395,44 @@ class VSFPatch:
         copy = [tokens] if self._released is not None and self._released.copy else []
         context = torch.cat([tokens, c_crossattn.to(dtype), *copy], dim=1)
         references = self.family.reference_tokens(kwargs, diffusion_model)
-        forward = self._forward(run, ours, context.shape[1], x, references, backend, RECORD_KEY in transformer_options)
+        padding = self.family.image_padding(x, diffusion_model)
+        text = context.shape[1] + -context.shape[1] % self.family.text_multiple(diffusion_model)
+        forward = self._forward(run, ours, text, x, (*references, padding), backend, RECORD_KEY in transformer_options)
         if kwargs.get("attention_mask") is not None:
-            kwargs["attention_mask"] = _grown_mask(kwargs["attention_mask"], tokens.shape[1])
-        if "pooled" in ours and (weight := self.family.released.pooled) is not None:
-            kwargs["y"] = _mixed_pooled(kwargs["y"], ours["pooled"][:, 0], weight)
+            kwargs["attention_mask"] = _grown_mask(kwargs["attention_mask"], tokens.shape[1], c_crossattn.shape[1])
+        if self._released is not None and self._released.pooled is not None and "pooled" in ours:
+            kwargs["y"] = _mixed_pooled(kwargs["y"], ours["pooled"][:, 0], self._released.pooled)
         options = self._patched_options(transformer_options, forward)
         if compiled:
             marked, kwargs = told_apart(PREFIX + forward.signature(), len(run.blocks), control, kwargs)
             control = control if self.family.cross else marked  # cross-attention models all pass the name on
-        result = executor(x, t, c_concat, context, control, options, **kwargs)
+        with self._positions(forward, diffusion_model, compiled):
+            result = executor(x, t, c_concat, context, control, options, **kwargs)
         self._check_reached(run, forward, compiled)
         if forward.shares is not None:
             self._hand_over(forward, forward.shares, x, references[0], transformer_options)
         return result
+
+    @contextmanager
+    def _positions(self, forward: Forward, diffusion_model: Any, compiled: bool) -> Iterator[None]:
+        """While open, N shifts no rotary position. ComfyUI has no hook for those: torch's own is on the module that
+        makes them, for the length of one call."""
+        if self.family.rotary is None:
+            yield
+            return
+        seen = []
+
+        def place(_: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            seen.append(True)
+            return self.family.positions(given[0], forward.tokens, forward.text, diffusion_model), *given[1:]
+
+        handle = getattr(diffusion_model, self.family.rotary).register_forward_pre_hook(place)
+        try:
+            yield
+        finally:
+            handle.remove()
+        if not seen and not compiled and forward.reached.any():
+            raise changed_host(f"this model made its rotary positions without {self.family.rotary}")
 
     def _backend(self, run: Run, options: dict, device: torch.device, model: Any) -> Backend:
         """Chosen once a run for each override that it meets."""
@@ -421,7 +453,7 @@ class VSFPatch:
         ours: dict,
         text: int,
         latent: Tensor,
-        references: tuple[int, int],
+        references: tuple[int, int, int],
         backend: Backend,
         recorded: bool,
     ) -> Forward:
@@ -464,23 +496,32 @@ class VSFPatch:
         shares = shares[:, :, before : before + self.family.grid(latent)]
         options[RECORD_KEY].add(shares, counts, latent.shape, window and window[1], options)
 
-    def _image_bias(self, bias: Tensor, mask: Tensor | None, latent: Tensor, references: tuple[int, int]) -> Tensor:
-        """Beta per token [B, 1, n or 1], plus masks and what reference images may see: [B, I or 1, n or 1]."""
-        affected = self.settings.affect_references
-        if mask is None and (affected or not any(references)):
+    def _image_bias(self, bias: Tensor, mask: Tensor | None, latent: Tensor, others: tuple[int, int, int]) -> Tensor:
+        """Beta per token [B, 1, n or 1], plus masks and what reference images may see: [B, I or 1, n or 1].
+
+        ``others``: tokens of reference images before and after the image's, and padding behind them.
+        """
+        shown = (self.settings.affect_references, self.settings.affect_references, False)
+        if mask is None and all(see for count, see in zip(others, shown, strict=True) if count):
             return bias
         if mask is None:
             mask = torch.ones(1, 1, *latent.shape[2:], device=latent.device)
         inside = self.family.image_tokens(mask.float())
-        before, after = (inside.new_full((inside.shape[0], n, inside.shape[2]), float(affected)) for n in references)
+        size = inside.shape[0], inside.shape[2]
+        before, after, padding = (
+            inside.new_full((size[0], count, size[1]), float(see)) for count, see in zip(others, shown, strict=True)
+        )
         # -log m: a soft mask scales the negative's attention weight by m; outside (m = 0) it is +inf, exactly
-        return bias - torch.log(torch.cat([before, inside, after], dim=1))
+        return bias - torch.log(torch.cat([before, inside, after, padding], dim=1))
 
     def _patched_options(self, options: dict, forward: Forward) -> dict:
         """A copy of ``transformer_options`` in which each block's patch is wrapped, so that we know where we are."""
         options = {**options, FORWARD_KEY: forward}
         if self.family.cross:  # for the whole forward: VACE's blocks run outside the block patches
             options[OVERRIDE] = partial(_cross_override, options.get(OVERRIDE))
+        elif self.family.marker is None:
+            options.pop("block_index", None)
+            options[OVERRIDE] = partial(_unmarked_override, options.get(OVERRIDE))
         if self.family.marker == "attn2":  # the last one, next to the attention itself
             patches = options.get("patches", {})
             options["patches"] = {**patches, "attn2_patch": [*patches.get("attn2_patch", ()), _mark_block]}
@@ -553,13 +594,15 @@ def _length_of(entry: dict) -> dict:
     return {} if text is None else {PREFIX + "length": comfy.conds.CONDConstant(text.cond.shape[1])}
 
 
-def _unmistakable(ours: dict, positive: int, taken: set[int]) -> dict:
+def _unmistakable(ours: dict, positive: int, taken: set[int], multiple: int) -> dict:
     """``ours`` with N padded until no other attention of the model has as many keys as the text stream.
 
-    In cross-attention models a call is known by its number of keys alone: the picture's own tokens (self-attention) and
-    CLIP-vision tokens must not count the same. ``taken``: how many keys those have.
+    Where a call is known by its number of keys alone, the picture's own tokens (self-attention) and CLIP-vision tokens
+    must not count the same. ``taken``: how many keys those have; ``multiple``: to what the model fills its text up.
     """
-    extra = next(e for e in itertools.count() if positive + ours["tokens"].shape[1] + e not in taken)
+    n = ours["tokens"].shape[1]
+    positive += -positive % multiple  # the model goes on filling up P alone if N before it comes out even
+    extra = next(e for e in itertools.count(-n % multiple, multiple) if positive + n + e not in taken)
     return _lengthened(ours, extra) if extra else ours
 
 
@@ -680,15 +723,43 @@ def _cross_override(previous: Callable | None, func: Callable, *args: Any, **kwa
     return host.join(out)
 
 
+def _unmarked_override(previous: Callable | None, func: Callable, *args: Any, **kwargs: Any) -> Tensor:
+    """ComfyUI's attention call in a joint model without block patches: inside its blocks the sequence is [N, P, I];
+    before them, where text attends to text, N and P are kept apart."""
+    host = HostAttention(previous, func, *args, **kwargs)
+    forward: Forward = host.options[FORWARD_KEY]
+    if "block_index" not in host.options:
+        return _kept_apart(host, forward) if host.keys == forward.text else host.unchanged()
+    place = forward.place_outside(host.options)
+    layout = TokenLayout(host.keys - forward.text, forward.text - forward.tokens, forward.tokens)
+    return _joint(host, layout, place)
+
+
+def _kept_apart(host: HostAttention, forward: Forward) -> Tensor:
+    """Attention of the text [N, P] to itself, as of two texts."""
+    (q, k, v), n, padding = host.split(), forward.tokens, forward.padding
+    hidden = None
+    if padding is not None:  # where all of N is padding it sees itself: nothing sees it
+        hidden = padding & ~padding.all(dim=-1, keepdim=True)
+        hidden = torch.zeros_like(hidden, dtype=q.dtype).masked_fill(hidden, -torch.inf)[:, None, None]
+    own = forward.backend.masked(host)(q[:, :, :n], k[:, :, :n], v[:, :, :n], hidden)
+    rest = host.black_box(q[:, :, n:], k[:, :, n:], v[:, :, n:], host.mask)
+    return host.join(torch.cat([own, rest], dim=2))
+
+
 def _joint_override(
     layout: TokenLayout, previous: Callable | None, func: Callable, *args: Any, **kwargs: Any
 ) -> Tensor:
     """ComfyUI's attention call inside a joint block: VSF where its keys are the joint sequence."""
     host = HostAttention(previous, func, *args, **kwargs)
-    forward: Forward = host.options[FORWARD_KEY]
     if host.keys != layout.length:
         return host.unchanged()
-    place: Place = host.options[PLACE_KEY]
+    return _joint(host, layout, host.options[PLACE_KEY])
+
+
+def _joint(host: HostAttention, layout: TokenLayout, place: Place) -> Tensor:
+    """VSF's attention over a joint sequence."""
+    forward: Forward = host.options[FORWARD_KEY]
     q, k, v = host.split()
     mask = _total_mask(host.mask, layout, place.kind, forward, q.dtype)
     attend = forward.backend.attention(host) if mask is None else None
@@ -714,16 +785,17 @@ def _path(backend: Backend, host: HostAttention, attend: LSEAttention | None) ->
     return f"row mask ({host.name if backend.deaf is None else 'PyTorch'})"
 
 
-def _grown_mask(mask: Tensor, negative: int) -> Tensor:
-    """The user's attention mask [..., 1 or L, L] over [P, I], made one over [N, P, I]; N's part is left to VSF.
+def _grown_mask(mask: Tensor, negative: int, text: int) -> Tensor:
+    """The user's attention mask over [P, I], made one over [N, P, I]; N's part is left to VSF.
 
-    One of whole numbers is the text's own, [B, P], and 1 where a token counts.
+    [..., 1 or L, L], or [B, P] over a ``text`` of P tokens alone: there, numbers of 0 and 1 are as good as bools.
     """
-    if not mask.is_floating_point() and mask.dtype != torch.bool:
+    over_text = mask.ndim == 2 and mask.shape[-1] == text
+    if over_text and not mask.is_floating_point():
         return F.pad(mask, (negative, 0), value=1)
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
-    rows = negative if mask.shape[-2] > 1 else 0
+    rows = negative if mask.shape[-2] > 1 and not over_text else 0
     return F.pad(mask, (negative, 0, rows, 0))
 
 

@@ -5,14 +5,31 @@ from typing import Any
 from ..compiled import unwrapped
 from ..host_check import changed_host
 from .base import Family, Released
+from .chroma import Chroma, ChromaRadiance
 from .cosmos import Anima, Cosmos
 from .flux import Flux
+from .flux2 import Flux2
 from .ltx import LTXV
+from .qwen_image import QwenImage
 from .sd3 import SD3
 from .unet import UNet
 from .wan import Wan
+from .z_image import ZImage
 
-FAMILIES: tuple[Family, ...] = (SD3(), Flux(), Wan(), UNet(), Cosmos(), Anima(), LTXV())
+FAMILIES: tuple[Family, ...] = (
+    SD3(),
+    Flux(),
+    Wan(),
+    UNet(),
+    Cosmos(),
+    Anima(),
+    LTXV(),
+    Chroma(),
+    ChromaRadiance(),
+    QwenImage(),
+    ZImage(),
+    Flux2(),
+)
 
 OTHER_LOADERS = {
     "ComfyFlux": "ComfyUI-nunchaku",
@@ -38,6 +55,7 @@ def family_of(model: Any) -> Family:
         family.check(model)
         for ask in (family.block_counts, family.context_width, family.head_dim):  # what a run will ask for
             ask(diffusion_model)
+        getattr(diffusion_model, family.rotary or "forward")
     except AttributeError as error:
         raise changed_host(f"this model of {family.title} is built otherwise ({error})") from error
     return family

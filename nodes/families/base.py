@@ -40,7 +40,10 @@ class Family(ABC):
     """Latent pixels per image token, along each side."""
     depths: tuple[int, ...] = (1,)
     """By how much the image's grid is coarser than that, for each grid that blocks attend from: a UNet has several."""
-    released: Released
+    released: Released | None = None
+    """None where the authors released no pipeline for the family."""
+    rotary: str | None = None
+    """The diffusion model's module that turns token positions into rotations, where text tokens are counted through."""
     cross: bool = False
     """Text is seen in cross-attention alone (Eq. 9): no duplication and no isolation are needed."""
     masked: bool = False
@@ -82,9 +85,25 @@ class Family(ABC):
         return 0, 0
 
     def other_keys(self, latent: Tensor, conds: Mapping[str, Any], diffusion_model: Any) -> set[int]:
-        """Of a cross-attention model: how many keys its attentions over anything but text have."""
+        """Where calls are told apart by it: how many keys the attentions over anything but text have."""
         before, after = self.reference_tokens(conds, diffusion_model)
-        return {count + more for count in self.grids(latent) for more in (0, before, after, before + after)}
+        padding = self.image_padding(latent, diffusion_model)
+        others = (0, before, after, before + after, padding)
+        return {count + more for count in self.grids(latent) for more in others}
+
+    def text_multiple(self, diffusion_model: Any) -> int:
+        """The model fills its text up, at the end, to a multiple of so many tokens."""
+        return 1
+
+    def image_padding(self, latent: Tensor, diffusion_model: Any) -> int:
+        """How many tokens the model puts behind all others to fill the image up: no part of the picture, they never
+        see N."""
+        return 0
+
+    def positions(self, ids: Tensor, negative: int, text: int, diffusion_model: Any) -> Tensor:
+        """The positions [B, L, axes] of a sequence that begins with a text of ``text`` tokens [N, P], as the model
+        counts them: those of P and all else as they were without N, N's those of a prompt of its own."""
+        return torch.cat([ids[:, :negative], ids[:, : text - negative], ids[:, text:]], dim=1)
 
     def grid(self, latent: Tensor) -> int:
         """Image tokens of a latent [B, C, (frames,) h, w], on the finest grid."""

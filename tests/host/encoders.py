@@ -106,3 +106,64 @@ def randomized(target, width, pooled=64, **kw):
     for p in clip.cond_stage_model.parameters():
         p.data.copy_(torch.randn(p.shape, generator=g) * 0.2)
     return clip
+
+
+def make_chroma_clip():
+    """Chroma's T5, 64 wide."""
+    import comfy.text_encoders.pixart_t5 as pixart
+
+    return randomized(ClipTarget(pixart.PixArtTokenizer, pixart.pixart_te()), 64)
+
+
+def make_language_clip(target, layers=3, tokenizer_data=None, **config):
+    """A CLIP of a language model with random weights, 64 wide; the part of it that sees pictures has none."""
+    small = {
+        **tiny_config(64),
+        "num_hidden_layers": layers,
+        "num_key_value_heads": 1,
+        **config,
+    }
+    names = ("qwen25_7b", "qwen3_4b", "qwen3_8b", "mistral3_24b", "llama")
+    options = {f"{name}_model_config": small for name in names}
+    clip = comfy.sd.CLIP(target, model_options=options, parameters=1_000_000, tokenizer_data=tokenizer_data or {})
+    g = torch.Generator().manual_seed(0)
+    for name, p in clip.cond_stage_model.named_parameters():
+        if ".visual." not in name:
+            p.data.copy_(torch.randn(p.shape, generator=g) * (p.shape[-1] ** -0.5 if p.ndim > 1 else 1.0))
+    return clip
+
+
+def make_qwen_image_clip():
+    """Qwen-Image's Qwen2.5-VL, 64 wide."""
+    import comfy.text_encoders.qwen_image as qwen_image
+
+    return make_language_clip(ClipTarget(qwen_image.QwenImageTokenizer, qwen_image.te()))
+
+
+def make_z_image_clip():
+    """Z-Image's Qwen3, 64 wide."""
+    import comfy.text_encoders.z_image as z_image
+
+    return make_language_clip(ClipTarget(z_image.ZImageTokenizer, z_image.te()))
+
+
+def make_klein_clip():
+    """Flux.2 Klein's Qwen3, 64 wide: three of its layers, side by side."""
+    import comfy.text_encoders.flux as flux
+
+    return make_language_clip(ClipTarget(flux.KleinTokenizer, flux.klein_te()), layers=28)
+
+
+def make_flux2_clip():
+    """Flux.2 Dev's Mistral, 64 wide, in ComfyUI's real template. The real vocabulary comes with the weights: Qwen's
+    stands in, with Mistral's marks as tokens of their own."""
+    import comfy.text_encoders.flux as flux
+    import comfy.text_encoders.z_image as z_image
+
+    class Marked(z_image.Qwen3Tokenizer):
+        def __init__(self, **kw):
+            super().__init__(**kw)
+            self.tokenizer.add_tokens(["[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]"], special_tokens=True)
+
+    target = ClipTarget(flux.Flux2Tokenizer, flux.flux2_te())
+    return make_language_clip(target, 31, {"mistral3_24b_tokenizer_class": Marked}, vocab_size=152064)

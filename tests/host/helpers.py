@@ -1,5 +1,6 @@
 """Short names for what the host tests do over and over."""
 
+import comfy.model_detection
 import comfy.sample
 import comfy.sd
 import tiny
@@ -35,6 +36,42 @@ def load_cosmos(kind="cosmos", **kw):
 def load_ltxv(**kw):
     """A tiny random LTX-Video through ComfyUI's own loader."""
     return comfy.sd.load_diffusion_model_state_dict(tiny.ltxv(**kw))
+
+
+def load_sized(state, sizes):
+    """A model through ComfyUI's own loader, but for the ``sizes`` that it takes for granted instead of reading them."""
+    original = comfy.model_detection.model_config_from_unet
+
+    def detect(*args, **kw):
+        config = original(*args, **kw)
+        config.unet_config.update(sizes)
+        return config
+
+    comfy.model_detection.model_config_from_unet = detect
+    try:
+        return comfy.sd.load_diffusion_model_state_dict(state)
+    finally:
+        comfy.model_detection.model_config_from_unet = original
+
+
+def load_flux2(**kw):
+    """A tiny random Flux.2."""
+    return comfy.sd.load_diffusion_model_state_dict(tiny.flux2(**kw))
+
+
+def load_chroma(**kw):
+    """A tiny random Chroma, or Chroma Radiance."""
+    return load_sized(tiny.chroma(**kw), tiny.CHROMA)
+
+
+def load_qwen_image(**kw):
+    """A tiny random Qwen-Image."""
+    return load_sized(tiny.qwen_image(**kw), tiny.QWEN_IMAGE)
+
+
+def load_z_image(**kw):
+    """A tiny random Z-Image."""
+    return load_sized(tiny.z_image(**kw), tiny.Z_IMAGE)
 
 
 def text(length, seed, width=64, batch=1):

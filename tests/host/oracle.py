@@ -5,13 +5,16 @@ and appends the negative at the END of the text (the pack puts it first). Entrie
 """
 
 import contextlib
+import dataclasses
 from dataclasses import dataclass, field
 
 import comfy.ldm.cosmos.predict2 as cosmos
 import comfy.ldm.flux.math as flux_math
 import comfy.ldm.lightricks.model as ltx
+import comfy.ldm.lumina.model as lumina
 import comfy.ldm.modules.attention as unet_attention
 import comfy.ldm.modules.diffusionmodules.mmdit as mmdit
+import comfy.ldm.qwen_image.model as qwen_image
 import comfy.ldm.wan.model as wan
 import torch
 
@@ -63,11 +66,11 @@ def dense(q, k, v, heads, allowed, bias, seen=None):
     return (logits.softmax(-1) @ v).transpose(1, 2).reshape(b, -1, c)
 
 
-def listing_1(q, k, v, heads, image, positive, n, expect, block, user_mask=None, record=None):
+def listing_1(q, k, v, heads, image, positive, n, expect, block, user_mask=None, record=None, padding=0):
     """Sequence [P, N0, I] (text first, as the model file builds it), keys of N1 appended. q, k, v [B, L, H*D].
 
     In the released pipeline's [P, N, N0] the plain copy N is ordinary text: it counts as the end of P here.
-    ``user_mask``: additive, [B, L, L] over the sequence.
+    ``user_mask``: additive, [B, L, L] over the sequence; ``padding``: how many of N's last tokens nobody sees.
     """
     length = positive + n + image
     p, n0, i = slice(0, positive), slice(positive, positive + n), slice(positive + n, length)
@@ -80,6 +83,8 @@ def listing_1(q, k, v, heads, image, positive, n, expect, block, user_mask=None,
     allowed[i, i] = allowed[i, p] = allowed[i, n1] = True
     allowed[p, i] = allowed[p, p] = True
     allowed[n0, i] = allowed[n0, n0] = True
+    if padding:
+        allowed[:, n0.stop - padding : n0.stop] = allowed[:, -padding:] = False
     bias = torch.zeros(length, length + n, dtype=torch.float64)
     bias[i, n1] -= expect.beta
     if expect.keep is not None:
@@ -114,7 +119,7 @@ def flux_attention(doubles):
     """Flux's attention, [B, H, L, D], in double and single blocks. Released: single blocks are plain attention."""
 
     def make(original, image, positive, n, expect, record, released, user_mask):
-        def attention(q, k, v, heads, skip_reshape=False, mask=None, **kwargs):
+        def attention(q, k, v, heads, mask=None, skip_reshape=False, **kwargs):
             assert skip_reshape and q.shape[2] == positive + n + image
             record.joint += 1
             block = record.block()
@@ -130,15 +135,86 @@ def flux_attention(doubles):
 
 
 @contextlib.contextmanager
-def replaced(module, make, **kw):
-    """While open, the module's own ``optimized_attention`` is what ``make`` makes."""
-    original = module.optimized_attention
+def replaced(module, name, make, embedder=None, at_end=False, **kw):
+    """While open, the module's own function ``name`` is what ``make`` makes; and a text's N has the positions of a
+    prompt of its own in the module ``embedder`` that makes rotations of them: the first, or those ``at_end`` of P's."""
+    original = getattr(module, name)
     kw["record"].blocks = 0
-    module.optimized_attention = make(original, **kw)
+    setattr(module, name, make(original, **kw))
+    if embedder is not None:
+        embedder.forward = own_positions(embedder.forward, kw["positive"], kw["n"], at_end)
     try:
         yield
     finally:
-        module.optimized_attention = original
+        setattr(module, name, original)
+        if embedder is not None:
+            del embedder.forward
+
+
+def own_positions(forward, positive, n, at_end):
+    start = max(0, positive - n) if at_end else 0
+
+    def run(ids):
+        ids = ids.clone()
+        ids[:, positive : positive + n] = ids[:, start : start + n].clone()
+        return forward(ids)
+
+    return run
+
+
+@contextlib.contextmanager
+def z_image(dit, negative, inside, expect, record):
+    """While open, Z-Image embeds N as a text of its own, with its filling, behind P, and [P, N, I] is Listing 1;
+    the texts refine themselves apart; what fills N or the image up is not seen or sees no N; the image keeps its
+    positions. inside: the picture's tokens."""
+    real, lengths = negative.shape[1], []
+    embed, rotate, attend = dit.embed_cap, dit.rope_embedder.forward, lumina.optimized_attention_masked
+    refiners = [True] * len(dit.context_refiner) + [False] * len(dit.noise_refiner)
+
+    def both_texts(cap_feats, *args, **kw):
+        (p, p_rotations, length), (n, n_rotations, _) = (embed(t, *args, **kw) for t in (cap_feats, negative))
+        return (torch.cat([p[0], n[0]], 1),), (torch.cat([p_rotations[0], n_rotations[0]], 1),), length
+
+    def rotations(ids):
+        if len(lengths) == 2:  # asked for P, N, the image
+            ids = ids.clone()
+            ids[..., 0] -= lengths[1] * (ids[..., 0] > 0)
+        lengths.append(ids.shape[1])
+        return rotate(ids)
+
+    def attention(q, k, v, heads, mask=None, transformer_options=None, **kw):
+        (positive, n, image), length = lengths, q.shape[2]
+        flat = [t.transpose(1, 2).flatten(2) for t in (q, k, v)]
+        if "block_index" in transformer_options:
+            assert length == positive + n + image
+            record.joint += 1
+            keep = torch.zeros(image, n)
+            keep[:inside, :real] = 1.0 if expect.keep is None else expect.keep
+            full = dataclasses.replace(expect, keep=keep)
+            return listing_1(*flat, heads, image, positive, n, full, record.block(), record=record, padding=n - real)
+        if refiners.pop(0):
+            allowed = torch.zeros(length, length, dtype=torch.bool)
+            allowed[:positive, :positive] = allowed[positive:, positive : positive + real] = True
+            return dense(*flat, heads, allowed, torch.zeros(1, dtype=torch.float64)).to(q.dtype)
+        assert length == image
+        return attend(q, k, v, heads, mask, transformer_options=transformer_options, **kw)
+
+    record.blocks = 0
+    dit.embed_cap, dit.rope_embedder.forward, lumina.optimized_attention_masked = both_texts, rotations, attention
+    try:
+        yield
+    finally:
+        del dit.embed_cap, dit.rope_embedder.forward
+        lumina.optimized_attention_masked = attend
+
+
+def seam(diffusion_model):
+    """Where a joint model's attention is: the module, the name of its function, what replaces it."""
+    if hasattr(diffusion_model, "double_blocks"):
+        return flux_math, "optimized_attention", flux_attention(len(diffusion_model.double_blocks))
+    if hasattr(diffusion_model, "transformer_blocks"):
+        return qwen_image, "optimized_attention_masked", flux_attention(len(diffusion_model.transformer_blocks))
+    return mmdit, "optimized_attention", sd3_attention
 
 
 def eq_9(q, k, v, heads, n, expect, block, record, own=True, mask=None):
@@ -283,11 +359,11 @@ def oracle_model(model, expects, released=False):
     """A clone of ``model`` (stock) on which every entry with an ``Expect`` runs as the oracle says; and its record."""
     record = Record()
     is_flux = hasattr(model.model.diffusion_model, "double_blocks")
-    cross = next((f for name, f in CROSS.items() if hasattr(model.model.diffusion_model, name)), None)
-    if is_flux:
-        module, make = flux_math, flux_attention(len(model.model.diffusion_model.double_blocks))
-    else:
-        module, make = mmdit, sd3_attention
+    diffusion_model = model.model.diffusion_model
+    cross = next((f for name, f in CROSS.items() if hasattr(diffusion_model, name)), None)
+    is_z_image = hasattr(diffusion_model, "context_refiner")
+    embedder = getattr(diffusion_model, "pe_embedder", None)
+    patch = getattr(diffusion_model, "patch_size", 2)
 
     def run(apply_model, params):
         chunks = len(params["cond_or_uncond"])
@@ -310,17 +386,29 @@ def oracle_model(model, expects, released=False):
                 with cross(model, n.shape[1], expect, record):
                     pieces.append(apply_model(x, t, **c))
                 continue
-            image = sum(-(-z.shape[-2] // 2) * -(-z.shape[-1] // 2) for z in [x, *c.get("ref_latents", [])])
+            if is_z_image:
+                inside = -(-x.shape[-2] // 2) * -(-x.shape[-1] // 2)
+                with z_image(diffusion_model, n, inside, expect, record):
+                    pieces.append(apply_model(x, t, **c))
+                continue
+            looked_at = [x, *(c.get("ref_latents", []) if diffusion_model.__class__.__name__ != "Chroma" else [])]
+            image = sum(-(-z.shape[-2] // patch) * -(-z.shape[-1] // patch) for z in looked_at)
             plain_copy = [n] if released and not is_flux else []
             c["c_crossattn"] = torch.cat([text, *plain_copy, n], dim=1)
             positive = c["c_crossattn"].shape[1] - n.shape[1]
             if released and is_flux:
                 c["y"] = expect.pooled + 1.1 * (c["y"] - expect.pooled)
             mask = c.pop("attention_mask", None)
-            if mask is not None:
+            if mask is not None and mask.ndim == 2:  # over the text alone, 0 where it is padding
+                mask = torch.nn.functional.pad((mask - 1.0) * 1e30, (0, n.shape[1] + image))[:, None]
+            elif mask is not None:
                 mask = _insert(_insert(mask, positive, n.shape[1], 1), positive, n.shape[1], 2)
             kw = {"image": image, "positive": positive, "n": n.shape[1], "expect": expect}
-            with replaced(module, make, record=record, released=released, user_mask=mask, **kw):
+            is_flux2 = hasattr(diffusion_model, "double_stream_modulation_img")
+            at_end = is_flux2 and hasattr(diffusion_model.guidance_in, "in_layer")  # Dev
+            with replaced(
+                *seam(diffusion_model), embedder, at_end, record=record, released=released, user_mask=mask, **kw
+            ):
                 pieces.append(apply_model(x, t, **c))
         return torch.cat(pieces)
 

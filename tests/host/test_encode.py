@@ -1,10 +1,20 @@
 """Negatives from text: real tokenizers, real encoder classes of tiny size, their padding removed."""
 
+import functools
 import math
 
 import pytest
 import torch
-from encoders import make_clip, make_flux_clip, make_wan_clip
+from encoders import (
+    make_chroma_clip,
+    make_clip,
+    make_flux2_clip,
+    make_flux_clip,
+    make_klein_clip,
+    make_qwen_image_clip,
+    make_wan_clip,
+    make_z_image_clip,
+)
 from helpers import conditioning, load_sd3, relative, sample
 
 PROMPTS = ["roof", "a house with a red roof, wow!!!", "(roof:1.3) and (door)", "naïve café 屋根 🏠", "word " * 120]
@@ -204,3 +214,61 @@ def test_wan_negative_keeps_exactly_its_own_tokens(pack, wan_clip):
     own = int((padded[0] != 0).any(-1).sum())
     assert made.tokens.shape[1] == own < 20
     assert relative(made.tokens, padded[:, :own]) < 1e-5
+
+
+# -- language models: words inside a template
+
+
+TEMPLATES = {
+    "chroma": make_chroma_clip,
+    "qwen_image": make_qwen_image_clip,
+    "z_image": make_z_image_clip,
+    "flux2": make_flux2_clip,
+    "flux2 klein": make_klein_clip,
+}
+WORDS = ["roof", "a house with a red roof, wow!!!", "naïve café 屋根 🏠", "(roof:1.3) and (door)", "word " * 120]
+
+
+@pytest.fixture(scope="module")
+def clip_of():
+    return functools.cache(lambda name: TEMPLATES[name]())
+
+
+@pytest.mark.parametrize("words", WORDS)
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "chroma"])
+def test_template_is_no_part_of_the_negative(pack, clip_of, name, words):
+    """The kept embeddings are those of the words alone, where the whole template was encoded."""
+    clip = clip_of(name)
+    key, tokens = next(iter(clip.tokenize(words).items()))
+    tokenizer = getattr(clip.tokenizer, key)
+    ids, own = [t[0] for t in tokens[0]], tokenizer.tokenizer(words)["input_ids"]
+    at = [i for i in range(len(ids)) if ids[i : i + len(own)] == own]
+    assert len(at) == 1
+    whole = clip.encode_from_tokens(clip.tokenize(words))
+    start = at[0] - (len(ids) - whole.shape[1])  # what the encoder leaves out itself
+    made = attached(pack, clip, words)
+    assert made.encoder == name.split()[0]
+    assert torch.equal(made.tokens, whole[:, start : start + len(own)])
+    shown = pack.mapping["VSFNegativeConditioning"].execute(positive=conditioning(), clip=clip, text=words)
+    said = shown.ui.as_dict()["text"][0].splitlines()[1].split(": ", 1)[1].split(" · ")
+    if words.isascii():
+        assert "".join(said) == words.replace(" ", "")
+
+
+def test_chroma_negative_is_t5_without_padding(pack, clip_of):
+    """Chroma's T5 pads nothing of itself; where T5TokenizerOptions makes it pad, that is trimmed."""
+    clip = clip_of("chroma")
+    made = attached(pack, clip, "a red roof")
+    ids = clip.tokenizer.clip_t5xxl.tokenizer("a red roof")["input_ids"]
+    assert made.tokens.shape[1] == len(ids) and made.encoder == "chroma"
+    assert torch.equal(made.tokens, clip.encode_from_tokens(clip.tokenize("a red roof")))
+    padded = clip.clone()
+    padded.set_tokenizer_option("t5xxl_min_length", 32)
+    assert len(padded.tokenize("a red roof")["t5xxl"][0]) == 32
+    assert torch.equal(attached(pack, padded, "a red roof").tokens, made.tokens)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_extrapolation_needs_an_encoder_that_pads(pack, clip_of, name):
+    with pytest.raises(ValueError, match="Set extrapolation to 0"):
+        attached(pack, clip_of(name), "roof", extrapolation=8.0)

@@ -31,7 +31,7 @@ def fill_(key: str, weight: Tensor, g: torch.Generator, qk_gain: float = 1.5) ->
         ("ln_q.weight", "ln_k.weight", "norm_q.weight", "norm_k.weight", "query_norm.scale", "key_norm.scale")
     ):
         return weight.fill_(qk_gain)
-    if key.endswith("pos_embed"):
+    if key.endswith(("pos_embed", "pad_token")):
         return weight.normal_(generator=g)
     if weight.ndim >= 2:
         return weight.normal_(generator=g).mul_(weight[0].numel() ** -0.5)
@@ -98,6 +98,80 @@ def flux_model(
         operations=torch.nn,
         dtype=torch.float32,
     )
+
+
+def flux2(seed: int = 0, guidance: bool = True) -> StateDict:
+    """A Flux.2-format model of random weights; ``guidance``: Dev's, which Klein lacks."""
+    from comfy.ldm.flux.model import Flux
+
+    model = Flux(
+        **{"in_channels": 128, "out_channels": 128, "patch_size": 1, "vec_in_dim": None, "context_in_dim": 64},
+        **{"hidden_size": 256, "num_heads": 2, "depth": 2, "depth_single_blocks": 2, "mlp_ratio": 3.0, "theta": 2000},
+        **{"axes_dim": [32, 32, 32, 32], "txt_ids_dims": [3], "qkv_bias": False, "ops_bias": False},
+        **{"guidance_embed": guidance, "global_modulation": True, "mlp_silu_act": True},
+        **{"default_ref_method": "index", "ref_index_scale": 10.0, "operations": torch.nn, "dtype": torch.float32},
+    )
+    return randomize(model.state_dict(), seed)
+
+
+CHROMA = {"hidden_size": 256, "num_heads": 2, "hidden_dim": 64, "out_dim": 256, "n_layers": 2}
+"""Sizes that ComfyUI's loader takes for granted, as a tiny model has them."""
+
+
+def chroma(seed: int = 0, radiance: str | None = None) -> StateDict:
+    """A Chroma-format model of random weights. ``radiance``: that of pixels, whose text is "alike" in position, or
+    "counted"."""
+    import comfy.ldm.chroma.model
+    import comfy.ldm.chroma_radiance.model
+
+    config = {
+        **CHROMA,
+        **{"in_channels": 64, "out_channels": 64, "in_dim": 64, "context_in_dim": 64, "mlp_ratio": 4.0},
+        **{"depth": 2, "depth_single_blocks": 2, "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2},
+        **{"qkv_bias": True, "txt_ids_dims": [], "vec_in_dim": None, "operations": torch.nn, "dtype": torch.float32},
+    }
+    if radiance is None:
+        return randomize(comfy.ldm.chroma.model.Chroma(**config).state_dict(), seed)
+    pixels = {
+        **{"in_channels": 3, "out_channels": 3, "patch_size": 16, "nerf_hidden_size": 64, "nerf_mlp_ratio": 4},
+        **{"nerf_depth": 4, "nerf_max_freqs": 8, "nerf_tile_size": 512, "nerf_final_head_type": "conv"},
+        **{"nerf_embedder_dtype": torch.float32, "use_x0": False},
+    }
+    if "use_sequential_txt_ids" in comfy.ldm.chroma_radiance.model.ChromaRadianceParams.__dataclass_fields__:
+        pixels["use_sequential_txt_ids"] = radiance == "counted"
+    return randomize(comfy.ldm.chroma_radiance.model.ChromaRadiance(**{**config, **pixels}).state_dict(), seed)
+
+
+QWEN_IMAGE = {"attention_head_dim": 128, "num_attention_heads": 2, "joint_attention_dim": 64}
+
+
+def qwen_image(seed: int = 0, layers: int = 3, default_ref_method: str = "index") -> StateDict:
+    """A Qwen-Image-format model of random weights; ``default_ref_method`` "index_timestep_zero" is Edit 2511's."""
+    from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
+
+    model = QwenImageTransformer2DModel(
+        **QWEN_IMAGE,
+        num_layers=layers,
+        default_ref_method=default_ref_method,
+        operations=torch.nn,
+        dtype=torch.float32,
+    )
+    return randomize(model.state_dict(), seed)
+
+
+Z_IMAGE = {
+    **{"n_heads": 2, "n_kv_heads": 2, "axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512], "rope_theta": 256.0},
+    **{"ffn_dim_multiplier": 8 / 3, "z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32},
+}
+"""What the loader reads off the width of the real Z-Image."""
+
+
+def z_image(seed: int = 0, layers: int = 3) -> StateDict:
+    """A Z-Image-format model of random weights."""
+    from comfy.ldm.lumina.model import NextDiT
+
+    config = {"dim": 256, "cap_feat_dim": 64, "n_layers": layers, "qk_norm": True, "in_channels": 16}
+    return randomize(NextDiT(**config, **Z_IMAGE, operations=torch.nn, dtype=torch.float32).state_dict(), seed)
 
 
 def wan(kind: str = "t2v", seed: int = 0, **config) -> StateDict:

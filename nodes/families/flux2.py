@@ -1,0 +1,24 @@
+"""Flux.2: Flux's blocks, a modulation that they share, and text tokens that are counted through on an axis of their
+own. ComfyUI fills texts up to 512 tokens: Dev's in front, so that its words come last; Klein's behind."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .flux import Flux
+
+
+class Flux2(Flux):
+    title = "Flux.2 (Dev, Klein)"
+    model_classes = frozenset({"comfy.model_base.Flux2"})
+    encoders = frozenset({"flux2"})
+    patch_size = 1
+    released = None
+    rotary = "pe_embedder"
+
+    def positions(self, ids: Tensor, negative: int, text: int, diffusion_model: Any) -> Tensor:
+        positive = text - negative
+        is_dev = diffusion_model.params.guidance_embed  # Klein takes no guidance
+        start = max(0, positive - negative) if is_dev else 0
+        return torch.cat([ids[:, start : start + negative], ids[:, :positive], ids[:, text:]], dim=1)

@@ -1,0 +1,31 @@
+"""Qwen-Image and Qwen-Image-Edit: double blocks over [text, image]; reference images follow the image. Text tokens are
+counted through, from half the picture's side on; a text with padding comes with a mask over it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...vsf_core import TokenLayout
+from .base import Family
+
+
+class QwenImage(Family):
+    title = "Qwen-Image (and Edit, 2509, 2511, Layered)"
+    model_classes = frozenset({"comfy.model_base.QwenImage"})
+    encoders = frozenset({"qwen_image"})
+    rotary = "pe_embedder"
+
+    def block_counts(self, diffusion_model: Any) -> Mapping[str, int]:
+        return {"double": len(diffusion_model.transformer_blocks)}
+
+    def context_width(self, diffusion_model: Any) -> int:
+        return diffusion_model.txt_in.in_features
+
+    def head_dim(self, diffusion_model: Any) -> int:
+        return diffusion_model.transformer_blocks[0].attention_head_dim
+
+    def layout(self, kind: str, args: Mapping[str, Any], negative: int) -> TokenLayout:
+        text = args["txt"].shape[1]
+        return TokenLayout(image=args["img"].shape[1], positive=text - negative, negative=negative)
+
+    def reference_tokens(self, conds: Mapping[str, Any], diffusion_model: Any) -> tuple[int, int]:
+        return 0, sum(self.grid(latent) for latent in conds.get("ref_latents") or ())

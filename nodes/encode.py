@@ -110,6 +110,7 @@ ENCODERS = (
         "AnimaTEModel",
         (Segment("Qwen3", {"qwen3_06b": "qwen3_06b"}, causal=True),),
     ),
+    Encoder("ltxv", "LTX-Video (CLIPLoader of type ltxv)", "MochiT5XXL", (_T5,)),
     Encoder("sd1", "Stable Diffusion 1.5 (its checkpoint's CLIP)", "SD1ClipModel", _clip_words({"l": "clip_l"})),
     Encoder("sd2", "Stable Diffusion 2.1 (its checkpoint's CLIP)", "SD2ClipModel", _clip_words({"h": "clip_h"})),
     Encoder(

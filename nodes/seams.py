@@ -141,15 +141,17 @@ class Forward:
 
     def bias_for(self, place: "Place", tokens: int) -> Tensor:
         """``place.bias`` for a call with so many image tokens."""
-        if place.bias.shape[1] == 1 or not self.rows:
+        if place.bias.shape[1] == 1:
             return place.bias
-        if tokens not in self.rows:
-            raise RuntimeError(
-                f"VSF: a block of this model attends from {tokens} image tokens, where masks of negatives know "
-                f"{', '.join(map(str, self.rows))}: another node changes the size of the picture inside the model. "
-                "Remove that node, or the mask."
-            )
-        return place.bias[:, self.rows[tokens]]
+        rows = self.rows or {place.bias.shape[1]: slice(None)}
+        if tokens in rows:
+            return place.bias[:, rows[tokens]]
+        known = ", ".join(map(str, rows))
+        raise RuntimeError(
+            f"VSF: a block of this model attends from {tokens} image tokens, where masks of negatives know {known}: "
+            "another node changes the size of the picture inside the model, or leaves out or adds some of its tokens. "
+            "Remove that node, or the mask."
+        )
 
     def note(self, position: int) -> tuple[Tensor, Tensor] | None:
         """Where the block at ``position`` adds its share, and counts that it did."""
@@ -697,7 +699,7 @@ def _cross_override(previous: Callable | None, func: Callable, *args: Any, **kwa
     forward: Forward = host.options[FORWARD_KEY]
     if host.keys != forward.text:
         return host.unchanged()
-    if host.queries == host.keys or host.mask is not None:
+    if host.queries == host.keys or (host.mask is not None and not forward.family.masked):
         raise RuntimeError(
             f"VSF: cannot tell which attention this is ({host.queries} queries, {host.keys} keys, "
             f"{'a' if host.mask is not None else 'no'} mask). Change the negative by a word, and please report which "
@@ -710,13 +712,14 @@ def _cross_override(previous: Callable | None, func: Callable, *args: Any, **kwa
     if place is None:
         place = forward.place_outside(host.options)
     shared = (q, *positive, *negative, forward.alpha, forward.bias_for(place, host.queries))
-    attend = forward.backend.attention(host)
+    mask = None if host.mask is None else host.mask[..., n:]
+    attend = forward.backend.attention(host) if mask is None else None
     if not place.enter(forward.run, _path(forward.backend, host, attend)):
-        out = host.black_box(q, *positive, None)
+        out = host.black_box(q, *positive, mask)
     elif attend is not None:
         out = cross_attention(*shared, attend, host.scale, place.share(host.queries))
     else:
-        out = cross_attention_masked(*shared, forward.backend.masked(host), place.share(host.queries))
+        out = cross_attention_masked(*shared, forward.backend.masked(host), place.share(host.queries), mask)
     return host.join(out)
 
 

@@ -14,6 +14,7 @@ second call of the black box and is as exact as that one's dtype.
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .backends import LSEAttention
@@ -225,11 +226,17 @@ def cross_attention_masked(
     bias: Tensor,
     attend: Attention,
     share: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """``cross_attention`` through a black box, with a mask of one row, or of a chunk of rows where beta varies."""
+    """``cross_attention`` through a black box, with a mask of one row, or of a chunk of rows where beta varies.
+
+    ``mask``: an additive mask of the caller's own over the positive keys, [B or 1, 1, 1, P].
+    """
     keys = torch.cat((k_neg, k), dim=2)
     values = torch.cat((-alpha[:, None].to(v.dtype) * v_neg, v), dim=2)
     negative, rows = slice(0, k_neg.shape[2]), q.new_zeros(1, 1, 1, keys.shape[2])
+    if mask is not None:
+        rows = F.pad(mask.to(q.dtype), (k_neg.shape[2], 0))
     if bias.shape[1] == 1 and share is None:
         return attend(q, keys, values, _add_columns(rows, negative, -bias[:, None].to(q.dtype)))
     out = torch.empty_like(q)

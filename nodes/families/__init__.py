@@ -9,6 +9,7 @@ from .chroma import Chroma, ChromaRadiance
 from .cosmos import Anima, Cosmos
 from .flux import Flux
 from .flux2 import Flux2
+from .ltx import LTXV
 from .qwen_image import QwenImage
 from .sd3 import SD3
 from .unet import UNet
@@ -22,6 +23,7 @@ FAMILIES: tuple[Family, ...] = (
     UNet(),
     Cosmos(),
     Anima(),
+    LTXV(),
     Chroma(),
     ChromaRadiance(),
     QwenImage(),

@@ -46,6 +46,8 @@ class Family(ABC):
     """The diffusion model's module that turns token positions into rotations, where text tokens are counted through."""
     cross: bool = False
     """Text is seen in cross-attention alone (Eq. 9): no duplication and no isolation are needed."""
+    masked: bool = False
+    """That attention may come with a mask, which hides the padding of P."""
     marker: str | None = "dit"
     """How a block tells that it runs: "dit", through its entry in ``patches_replace``; "attn2", through an
     ``attn2_patch``; None where ComfyUI offers neither: then each block must show its attention over text."""

@@ -4,11 +4,12 @@ import runpy
 import sys
 from pathlib import Path
 
+KNOWN = ("neggen", "quality", "speed")
+
 if __name__ == "__main__":
-    here = Path(__file__).resolve().parent
-    known = sorted(p.stem for p in here.glob("*.py") if p.stem in ("quality", "speed"))
-    if len(sys.argv) < 2 or sys.argv[1] not in known:
-        sys.exit(f"usage: bench {{{','.join(known)}}} ...")
+    here = str(Path(__file__).resolve().parent)
+    if len(sys.argv) < 2 or sys.argv[1] not in KNOWN:
+        sys.exit(f"usage: bench {{{','.join(KNOWN)}}} ...")
     name = sys.argv.pop(1)
-    sys.path[:] = [str(here), *(p for p in sys.path if p != str(here))]
-    runpy.run_path(str(here / f"{name}.py"), run_name="__main__")
+    sys.path[:] = [here, *(p for p in sys.path if p != here)]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)

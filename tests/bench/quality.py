@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import sampling
 import torch
+from intervals import bootstrap
 from sampling import WEIGHTS, Case, Toy, cases, open_comfyui, score
 
 Settings = dict[str, float]
@@ -161,17 +162,6 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             row |= {name: float(values.mean()), f"{name}_interval": bootstrap(values)}
         rows.append(row | {"images": sum(len(member["seeds"]) for member in members)})
     return rows
-
-
-def bootstrap(values: np.ndarray, draws: int = 1000) -> tuple[float, float]:
-    """95% interval of the mean of values [pairs, pictures]: pairs are drawn anew, then pictures within each."""
-    rng = np.random.default_rng(0)
-    pairs, pictures = values.shape
-    rows = rng.integers(pairs, size=(draws, pairs, 1))
-    columns = rng.integers(pictures, size=(draws, pairs, pictures))
-    means = values[rows, columns].mean((1, 2))
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def choose(rows: Sequence[Mapping[str, Any]]) -> Settings | None:

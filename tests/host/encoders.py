@@ -62,6 +62,13 @@ def make_cosmos_clip(kind):
     return randomized(ClipTarget(tokenizer, module.te()), 1024)
 
 
+def make_ltxv_clip():
+    """LTX-Video's T5, in full width."""
+    import comfy.text_encoders.lt as lt
+
+    return randomized(ClipTarget(lt.LTXVT5Tokenizer, lt.ltxv_te()), 4096)
+
+
 def make_wan_clip(folder):
     """Wan's real tokenizer class over a sentencepiece model trained in ``folder`` on a few words."""
     import comfy.text_encoders.wan as wan
@@ -166,4 +173,4 @@ def make_hunyuan_image_clip():
     """HunyuanImage's Qwen2.5-VL, 64 wide."""
     import comfy.text_encoders.hunyuan_image as hunyuan_image
 
-    return make_language_clip(ClipTarget(hunyuan_image.HunyuanImageTokenizer, hunyuan_image.te(byt5=False)))
+    return make_language_clip(ClipTarget(hunyuan_image.HunyuanImageTokenizer, hunyuan_image.te(byt5=False)), layers=4)

@@ -33,6 +33,11 @@ def load_cosmos(kind="cosmos", **kw):
     return comfy.sd.load_diffusion_model_state_dict(tiny.cosmos(kind, **kw))
 
 
+def load_ltxv(**kw):
+    """A tiny random LTX-Video through ComfyUI's own loader."""
+    return comfy.sd.load_diffusion_model_state_dict(tiny.ltxv(**kw))
+
+
 def load_sized(state, sizes):
     """A model through ComfyUI's own loader, but for the ``sizes`` that it takes for granted instead of reading them."""
     original = comfy.model_detection.model_config_from_unet

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import comfy.ldm.cosmos.predict2 as cosmos
 import comfy.ldm.flux.math as flux_math
+import comfy.ldm.lightricks.model as ltx
 import comfy.ldm.lumina.model as lumina
 import comfy.ldm.modules.attention as unet_attention
 import comfy.ldm.modules.diffusionmodules.mmdit as mmdit
@@ -216,8 +217,9 @@ def seam(diffusion_model):
     return mmdit, "optimized_attention", sd3_attention
 
 
-def eq_9(q, k, v, heads, n, expect, block, record, own=True):
-    """Cross-attention on keys [P, N], q, k, v [B, L, H*D]. ``own``: the call belongs into the record of shares."""
+def eq_9(q, k, v, heads, n, expect, block, record, own=True, mask=None):
+    """Cross-attention on keys [P, N], q, k, v [B, L, H*D]. ``own``: the call belongs into the record of shares;
+    ``mask``: additive, [B, 1, 1, P + N], the same for all of the batch."""
     v = v.double()
     alpha = torch.as_tensor(expect.alpha, dtype=torch.float64).expand(n)
     positive = k.shape[1] - n
@@ -225,6 +227,8 @@ def eq_9(q, k, v, heads, n, expect, block, record, own=True):
     allowed = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool)
     bias = torch.zeros(q.shape[1], k.shape[1], dtype=torch.float64)
     bias[:, positive:] -= expect.beta
+    if mask is not None:
+        bias = bias + mask[0, 0].double()
     if expect.keep is not None:
         keep = expect.keep[q.shape[1]] if isinstance(expect.keep, dict) else expect.keep
         bias[:, positive:] += keep.double().log()
@@ -313,6 +317,23 @@ def cosmos_cross_attention(model, n, expect, record):
 
 
 @contextlib.contextmanager
+def ltx_cross_attention(model, n, expect, record):
+    """While open, the attn2 layers of LTX-Video are Eq. 9 on [P, N], with the mask of P's padding."""
+    layers = {id(block.attn2): i for i, block in enumerate(model.model.diffusion_model.transformer_blocks)}
+    original = ltx.CrossAttention.forward
+
+    def forward(self, x, context=None, mask=None, *args, **kw):
+        if id(self) not in layers:
+            return original(self, x, context, mask, *args, **kw)
+        record.joint += 1
+        q, k, v = self.q_norm(self.to_q(x)), self.k_norm(self.to_k(context)), self.to_v(context)
+        return self.to_out(eq_9(q, k, v, self.heads, n, expect, layers[id(self)], record, mask=mask).to(x.dtype))
+
+    with methods_replaced({ltx.CrossAttention: forward}):
+        yield
+
+
+@contextlib.contextmanager
 def methods_replaced(forwards):
     """While open, each class has the ``forward`` that it is given here."""
     originals = {cls: cls.forward for cls in forwards}
@@ -329,6 +350,7 @@ CROSS = {
     "patch_embedding": wan_cross_attention,
     "input_blocks": unet_cross_attention,
     "pos_embedder": cosmos_cross_attention,
+    "patchify_proj": ltx_cross_attention,
 }
 """The oracles of cross-attention models, by an attribute of the model that is theirs alone."""
 
@@ -359,6 +381,8 @@ def oracle_model(model, expects, released=False):
             n = expect.negative.expand(x.shape[0], -1, -1).to(text)
             if cross is not None:
                 c["c_crossattn"] = torch.cat([own[id(expect)], n], dim=1)
+                if c.get("attention_mask") is not None:  # of P's padding: N has none
+                    c["attention_mask"] = torch.nn.functional.pad(c["attention_mask"], (0, n.shape[1]), value=1)
                 with cross(model, n.shape[1], expect, record):
                     pieces.append(apply_model(x, t, **c))
                 continue

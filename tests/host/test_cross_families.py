@@ -13,8 +13,8 @@ import pytest
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
-from encoders import make_cosmos_clip, make_unet_clip
-from helpers import conditioning, load_cosmos, load_unet, relative, sample, spy_override, text, with_override
+from encoders import make_cosmos_clip, make_ltxv_clip, make_unet_clip
+from helpers import conditioning, load_cosmos, load_ltxv, load_unet, relative, sample, spy_override, text, with_override
 from oracle import Expect, oracle_model
 
 
@@ -78,12 +78,27 @@ class Anima(Family):
         return made if "pooled_output" in options else made[:, : len(options["t5xxl_ids"])]
 
 
+@dataclass(frozen=True)
+class Padded(Family):
+    """Its encoder says which of the prompt's tokens are padding; here, the last four."""
+
+    def prompt(self, length=13, seed=1):
+        ((cond, options),) = super().prompt(length, seed)
+        return [[cond, {**options, "attention_mask": torch.tensor([[1] * (length - 4) + [0] * 4])}]]
+
+
 SIZES_2D = ((8, 12), (7, 11), (1, 9))
 SIZES_3D = ((3, 8, 10), (2, 7, 9), (1, 8, 12))
 COSMOS = {
     **{"width": 1024, "pooled": 8, "channels": 16, "sizes": SIZES_3D, "layers": 10},
     "blocks": {"double:3": {3}, "double:-1,double:8-": {0, 1, 8, 9}, "all": set(range(10))},
     "bad_blocks": {"double:10": "double:0-9", "single": "double:0-9"},
+}
+LTXV = {
+    **{"load": load_ltxv, "clip": make_ltxv_clip, "width": 4096, "pooled": 8, "channels": 128, "layers": 3},
+    **{"sizes": ((3, 4, 5), (2, 3, 7), (1, 5, 9)), "patches": (1,)},
+    "blocks": {"double:1": {1}, "double:0,double:2-": {0, 2}, "all": {0, 1, 2}},
+    "bad_blocks": {"double:3": "double:0-2"},
 }
 UNET = {"channels": 4, "sizes": SIZES_2D, "patches": (1, 2, 4)}
 
@@ -118,6 +133,7 @@ FAMILIES = {
         bad_blocks={"input:4": "input:3-3, input:5-5, middle:0-0, output:0-3", "input:0-9": "input:3-3"},
         **UNET,
     ),
+    "ltxv": Padded(**LTXV),
     "cosmos": Family(load=lambda: load_cosmos("cosmos"), clip=lambda: make_cosmos_clip("cosmos"), **COSMOS),
     "anima": Anima(load=lambda: load_cosmos("anima"), clip=lambda: make_cosmos_clip("anima"), length=512, **COSMOS),
 }
@@ -278,9 +294,9 @@ def test_two_negatives_with_a_region_each(pack, family, model):
         assert relative(result, run(family, oracle, positive, cfg=cfg)) <= 1e-5
 
 
-def reversed_keys(func, q, k, v, heads, **kw):
+def reversed_keys(func, q, k, v, heads, mask=None, **kw):
     axis = 2 if kw.get("skip_reshape") else 1
-    return func(q, k.flip(axis), v.flip(axis), heads, **kw)
+    return func(q, k.flip(axis), v.flip(axis), heads, mask=None if mask is None else mask.flip(-1), **kw)
 
 
 @pytest.mark.smoke
@@ -352,6 +368,25 @@ def test_row_mask_path(pack, family, model):
         assert len(seen) > 2 * family.layers
 
 
+@pytest.mark.parametrize("size", [0, 1], ids=["even", "odd"])
+def test_attention_map(pack, family, model, size):
+    """VSF Record's map is the oracle's; UNets have none."""
+    if len(family.patches) > 1:
+        with pytest.raises(ValueError, match="VSF Record cannot serve .*SDXL"):
+            pack.mapping["VSFRecord"].execute(model=pack.patch(model))
+        return
+    size, (positive, negative) = family.sizes[size], (family.prompt(), family.negative(40))
+    attached = pack.negative(positive, negative=negative)
+    oracle, record = oracle_of(family, model, positive, negative)
+    recorded, holder = pack.mapping["VSFRecord"].execute(model=pack.patch(model)).result
+    kw = {"size": size, "batch": 2, "steps": 1}
+    assert torch.equal(run(family, recorded, attached, **kw), run(family, pack.patch(model), attached, **kw))
+    run(family, oracle, positive, **kw)
+    expected = torch.stack([share for _, share in record.shares]).mean(0).float()
+    assert len(record.shares) == family.layers and expected.std() > 1e-3
+    torch.testing.assert_close(holder.record.mean().flatten(1), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_a_block_that_computes_its_attention_past_comfyui_fails_loudly(pack, name, family, model, monkeypatch):
     """An error in the first step, not a picture without effect."""
     from comfy.ldm.modules import attention
@@ -364,8 +399,9 @@ def test_a_block_that_computes_its_attention_past_comfyui_fails_loudly(pack, nam
 
     import comfy.ldm.cosmos.predict2
 
-    for module in (attention, comfy.ldm.cosmos.predict2):
-        monkeypatch.setattr(module, "optimized_attention", direct)
+    monkeypatch.setattr(comfy.ldm.cosmos.predict2, "optimized_attention", direct)
+    for function in ("optimized_attention", "optimized_attention_masked"):
+        monkeypatch.setattr(attention, function, direct)
     attached = pack.negative(family.prompt(), negative=family.negative(5))
     with pytest.raises(RuntimeError, match=r"ran without the attention call over text|no block of this model ran"):
         run(family, pack.patch(model), attached)
@@ -441,6 +477,17 @@ def test_cosmos_keeps_its_own_tokens(pack, words):
 
 
 @pytest.mark.smoke
+@pytest.mark.parametrize("words", [*WORDS, "naïve café 屋根 🏠"])
+def test_ltxv_keeps_its_own_tokens(pack, words):
+    """T5's, with its end; its padding is masked, so trimming before or after encoding is the same."""
+    clip = cached_clip("ltxv")
+    made, padded = attached_of(pack, clip, words), clip.encode_from_tokens(clip.tokenize(words))
+    n = len(clip.tokenizer.clip_t5xxl.tokenizer(words)["input_ids"])
+    assert padded.shape[1] == 128 and made.tokens.shape[1] == n and made.encoder == "ltxv"
+    assert relative(made.tokens, padded[:, :n]) < 1e-5
+
+
+@pytest.mark.smoke
 @pytest.mark.parametrize("words", [*WORDS, "naïve café 屋根 🏠", "(roof:1.3) and (door)"])
 def test_anima_keeps_its_own_tokens(pack, words):
     """An embedding a T5 token, and T5's end, as the tokenizers give them; the node's text is what a prompt would be."""
@@ -480,6 +527,35 @@ def test_a_negative_of_another_encoder_is_refused(pack):
     attached = pack.negative(family.prompt(), clip=FAMILIES["cosmos"].clip(), text="roof")
     with pytest.raises(ValueError, match='of type "cosmos", but this model'):
         run(family, pack.patch(loaded("anima")), attached)
+
+
+def test_ltxv_guides(pack):
+    """Frames of guides (LTXVAddGuide) are appended to the latent: a region means them too, and where the model leaves
+    tokens of theirs out, a region cannot be placed."""
+    family, model = FAMILIES["ltxv"], loaded("ltxv")
+    size, (cells, pixels) = family.sizes[0], region(family.sizes[0])
+    guides = size[1] * size[2]
+    kept_out = torch.ones(1, 1, *size)
+    kept_out[:, :, -1] = 0.0
+    for left_out, node, expect in (
+        (0, {"mask": pixels}, {"keep": kept(family, size, cells, 5)}),
+        (1, {}, {}),
+        (1, {"mask": pixels}, None),
+    ):
+        denoise = kept_out.clone()
+        denoise[:, :, -1, 0, :left_out] = -1.0
+        coords = torch.zeros(1, 3, guides, 2)
+        ((cond, options),) = family.prompt()
+        positive = [[cond, {**options, "keyframe_idxs": coords, "concat_mask": denoise}]]
+        negative = family.negative(5)
+        attached = pack.negative(positive, negative=negative, **node)
+        if expect is None:
+            with pytest.raises(RuntimeError, match="leaves out or adds some of its tokens"):
+                run(family, pack.patch(model), attached)
+            continue
+        oracle, _ = oracle_of(family, model, positive, negative, **expect)
+        result, expected = run(family, pack.patch(model), attached), run(family, oracle, positive)
+        assert relative(result, expected) <= 1e-5
 
 
 # -- UNets
@@ -526,11 +602,6 @@ def test_node_shows_the_words(pack, unet, clip):
     node = pack.mapping["VSFNegativeConditioning"]
     shown = node.execute(positive=conditioning(), clip=clip, text="red roof").ui.as_dict()["text"][0]
     assert shown.splitlines() == ["pushes away 2 tokens", "CLIP: red · roof"]
-
-
-def test_record_refuses_unets(pack, unet, model):
-    with pytest.raises(ValueError, match="VSF Record cannot serve .*SDXL"):
-        pack.mapping["VSFRecord"].execute(model=pack.patch(model))
 
 
 def test_attn2_patches_of_other_nodes(pack, unet, family, model):

@@ -33,13 +33,21 @@ class ComfyClient:
         """The schema of every node the server knows."""
         return json.loads(self._request("/object_info"))
 
-    def queue(self, prompt: Prompt) -> str:
-        """Queues an API-format graph and gives its prompt id; raises PromptFailed when ComfyUI refuses any of it."""
-        body = json.dumps({"prompt": prompt, "client_id": self.client_id}).encode()
-        answer = json.loads(self._request("/prompt", body))
+    def queue(self, prompt: Prompt, prompt_id: str | None = None) -> str:
+        """Queues an API-format graph and gives its prompt id; raises PromptFailed when ComfyUI refuses any of it.
+
+        prompt_id: a UUID of the caller's, who can then ask for it later.
+        """
+        body = {"prompt": prompt, "client_id": self.client_id, **({"prompt_id": prompt_id} if prompt_id else {})}
+        answer = json.loads(self._request("/prompt", json.dumps(body).encode()))
         if answer.get("node_errors"):
             raise PromptFailed(refusal_text({"error": "some outputs were refused", **answer}))
         return answer["prompt_id"]
+
+    def is_queued(self, prompt_id: str) -> bool:
+        """Whether a prompt runs now or waits."""
+        queue = json.loads(self._request("/queue"))
+        return any(prompt_id == item[1] for item in queue["queue_running"] + queue["queue_pending"])
 
     def history(self, prompt_id: str) -> dict[str, Any]:
         """What the server remembers of a finished prompt: its outputs and its status."""
@@ -50,25 +58,27 @@ class ComfyClient:
         keys = ("filename", "subfolder", "type")
         return self._request("/view?" + urllib.parse.urlencode({key: ref[key] for key in keys if key in ref}))
 
-    def interrupt(self) -> None:
-        """Stops the graph that runs now."""
-        self._request("/interrupt", b"{}")
+    def interrupt(self, prompt_id: str | None = None) -> None:
+        """Stops the graph that runs now; with an id, only if it is that one."""
+        self._request("/interrupt", json.dumps({"prompt_id": prompt_id} if prompt_id else {}).encode())
 
-    def run(self, prompt: Prompt, on_progress: OnProgress | None = None) -> dict[str, Any]:
-        """Queues a graph, waits for its end and gives the outputs by node id."""
-        followed = asyncio.wait_for(self._run(prompt, on_progress or (lambda *_: None)), self.timeout)
+    def run(
+        self, prompt: Prompt, on_progress: OnProgress | None = None, prompt_id: str | None = None
+    ) -> dict[str, Any]:
+        """Queues a graph, waits for its end and gives the outputs by node id; ``prompt_id`` as in ``queue``."""
+        followed = asyncio.wait_for(self._run(prompt, on_progress or (lambda *_: None), prompt_id), self.timeout)
         try:
             return run_in_thread(followed)
         except asyncio.TimeoutError:
-            self.interrupt()
+            self.interrupt(prompt_id)
             raise PromptFailed(f"the graph did not end within {self.timeout:.0f} s") from None
         except aiohttp.ClientError as error:
             raise ServerDied(f"the websocket of {self.address} failed: {error}") from None
 
-    async def _run(self, prompt: Prompt, on_progress: OnProgress) -> dict[str, Any]:
+    async def _run(self, prompt: Prompt, on_progress: OnProgress, prompt_id: str | None) -> dict[str, Any]:
         url = f"{self.address.replace('http', 'ws', 1)}/ws?clientId={self.client_id}"
         async with aiohttp.ClientSession() as session, session.ws_connect(url, max_msg_size=0) as socket:
-            prompt_id = await asyncio.to_thread(self.queue, prompt)
+            prompt_id = await asyncio.to_thread(self.queue, prompt, prompt_id)
             async for message in socket:
                 if message.type is aiohttp.WSMsgType.TEXT:
                     event = json.loads(message.data)

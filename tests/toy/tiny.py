@@ -285,6 +285,20 @@ def cosmos_model(kind: str) -> torch.nn.Module:
     )
 
 
+def ltxv(seed: int = 0) -> StateDict:
+    """An LTX-Video-format model of random weights, as ``ltxv_model`` builds it."""
+    return randomize(ltxv_model().state_dict(), seed)
+
+
+def ltxv_model() -> torch.nn.Module:
+    """ComfyUI's class of LTX-Video; the loader knows 32 heads and captions of 4096 channels alone."""
+    from comfy.ldm.lightricks.model import LTXVModel
+
+    return LTXVModel(
+        cross_attention_dim=256, attention_head_dim=8, num_layers=3, operations=torch.nn, dtype=torch.float32
+    )
+
+
 def clip_l(seed: int = 0) -> StateDict:
     """A full-size CLIP-L (what the stock CLIPLoader recognises) whose layers pass their input on."""
     from comfy.clip_model import CLIPTextModel

@@ -1,0 +1,198 @@
+"""What was asked for and what came out: one SQLite file, and a folder of PNGs.
+
+A picture's key is the digest of its whole graph, so that the same graph is drawn once, whoever asks for it. A picture
+is there when its row says so: the file is written first, and gets its name when it is whole.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from hosting.client import Prompt
+from hosting.errors import HostError
+from hosting.host import try_lock
+
+from neggen.pairs import Pair
+from neggen.templates import Run, Template
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS pairs (id TEXT PRIMARY KEY, pair TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS runs (name TEXT PRIMARY KEY, template TEXT NOT NULL, method TEXT NOT NULL,
+    settings TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS pictures (key TEXT PRIMARY KEY, graph TEXT NOT NULL, sha256 TEXT, seconds REAL,
+    server TEXT, attempts INTEGER NOT NULL DEFAULT 0, error TEXT);
+CREATE TABLE IF NOT EXISTS cells (run TEXT NOT NULL REFERENCES runs, pair TEXT NOT NULL REFERENCES pairs,
+    seed INTEGER NOT NULL, key TEXT NOT NULL REFERENCES pictures, PRIMARY KEY (run, pair, seed));
+CREATE TABLE IF NOT EXISTS scores (judge TEXT NOT NULL, key TEXT NOT NULL REFERENCES pictures, pair TEXT NOT NULL,
+    positive REAL, negative REAL, quality REAL, note TEXT, PRIMARY KEY (judge, key, pair));
+"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A picture to draw. server: where it was asked for before, if it was; attempts: how often it failed."""
+
+    key: str
+    graph: Prompt
+    server: str | None
+    attempts: int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A picture of a run for a pair and a seed. seconds: the server's own time; None before it was drawn."""
+
+    run: str
+    pair: Pair
+    seed: int
+    key: str
+    seconds: float | None
+
+
+class Store:
+    """A folder of results. Safe to use from several threads; a process that dies leaves whole rows and whole files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.pictures = folder, folder / "pictures"
+        self.pictures.mkdir(parents=True, exist_ok=True)
+        self._lock = Lock()
+        self._db = sqlite3.connect(folder / "results.sqlite", isolation_level=None, check_same_thread=False)
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.executescript(SCHEMA)
+
+    def close(self) -> None:
+        self._db.close()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Refuses a second process that would draw into the same folder; the system frees it if this one dies."""
+        with (self.folder / "lock").open("a+") as file:
+            if not try_lock(file.fileno()):
+                raise HostError(f"another process draws into {self.folder}: wait for it, or give another --out")
+            yield
+
+    def _do(self, sql: str, *values: Any) -> list[tuple]:
+        with self._lock:
+            return self._db.execute(sql, values).fetchall()
+
+    def plan(self, template: Template, runs: Sequence[Run], pairs: Sequence[Pair], seeds: Sequence[int]) -> None:
+        """Adds what is not there yet. A run's name stands for one setting of one template in a folder, for good."""
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                for run in runs:
+                    self._add_run(template, run)
+                for pair in pairs:
+                    self._db.execute("INSERT OR IGNORE INTO pairs VALUES (?, ?)", (pair.id, json.dumps(asdict(pair))))
+                for run in runs:
+                    for pair in pairs:
+                        for seed in seeds:
+                            self._add_cell(run, pair, seed, template.fill(run, pair.prompt, pair.missing_element, seed))
+                self._db.execute("COMMIT")
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+
+    def _add_run(self, template: Template, run: Run) -> None:
+        row = (template.name, run.method, json.dumps(run.settings, sort_keys=True))
+        known = self._db.execute("SELECT template, method, settings FROM runs WHERE name = ?", (run.name,)).fetchone()
+        if known not in (None, row):
+            raise HostError(f"{self.folder} has another run {run.name!r} ({known}, now {row}): rename it, or use --out")
+        self._db.execute("INSERT OR IGNORE INTO runs VALUES (?, ?, ?, ?)", (run.name, *row))
+
+    def _add_cell(self, run: Run, pair: Pair, seed: int, graph: Prompt) -> None:
+        text = json.dumps(graph, sort_keys=True)
+        key = hashlib.sha256(text.encode()).hexdigest()[:32]
+        place = (run.name, pair.id, seed)
+        query = "SELECT key FROM cells WHERE run = ? AND pair = ? AND seed = ?"
+        known = self._db.execute(query, place).fetchone()
+        if known not in (None, (key,)):
+            raise HostError(
+                f"{self.folder}: the template of run {run.name!r} has changed: rename the run, or use --out"
+            )
+        self._db.execute("INSERT OR IGNORE INTO pictures (key, graph) VALUES (?, ?)", (key, text))
+        self._db.execute("INSERT OR IGNORE INTO cells VALUES (?, ?, ?, ?)", (*place, key))
+
+    def jobs(self) -> list[Job]:
+        """What is still to be drawn; first what a server has been asked for already."""
+        rows = self._do(
+            "SELECT key, graph, server, attempts FROM pictures WHERE sha256 IS NULL ORDER BY server IS NULL, rowid"
+        )
+        return [Job(key, json.loads(graph), server, attempts) for key, graph, server, attempts in rows]
+
+    def asked(self, key: str, server: str) -> None:
+        """Notes, before it happens, that a server is asked for a picture."""
+        self._do("UPDATE pictures SET server = ? WHERE key = ?", server, key)
+
+    def failed(self, key: str, error: str) -> None:
+        """The server could not draw it; the next run tries again."""
+        query = "UPDATE pictures SET error = ?, attempts = attempts + 1, server = NULL WHERE key = ?"
+        self._do(query, error, key)
+
+    def drawn(self, key: str, png: bytes, seconds: float | None) -> None:
+        """Keeps a picture: the file, then its row."""
+        path = self.path(key)
+        part = path.with_suffix(".part")
+        with part.open("wb") as file:
+            file.write(png)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        query = "UPDATE pictures SET sha256 = ?, seconds = ?, error = NULL WHERE key = ?"
+        self._do(query, hashlib.sha256(png).hexdigest(), seconds, key)
+
+    def path(self, key: str) -> Path:
+        return self.pictures / f"{key}.png"
+
+    def runs(self) -> list[Run]:
+        rows = self._do("SELECT name, method, settings FROM runs ORDER BY rowid")
+        return [Run(name, method, json.loads(settings)) for name, method, settings in rows]
+
+    def templates(self) -> list[str]:
+        return [name for (name,) in self._do("SELECT DISTINCT template FROM runs ORDER BY template")]
+
+    def cells(self, drawn: bool = True) -> list[Cell]:
+        """All pictures, or all that were asked for: by run and pair in the order they were planned in, and by seed."""
+        rows = self._do(
+            "SELECT cells.run, pairs.pair, cells.seed, pictures.key, pictures.seconds FROM cells"
+            " JOIN runs ON runs.name = cells.run JOIN pairs ON pairs.id = cells.pair"
+            " JOIN pictures ON pictures.key = cells.key WHERE pictures.sha256 IS NOT NULL OR NOT ?"
+            " ORDER BY runs.rowid, pairs.rowid, cells.seed",
+            drawn,
+        )
+        return [Cell(run, Pair(**json.loads(pair)), seed, key, seconds) for run, pair, seed, key, seconds in rows]
+
+    def errors(self) -> list[tuple[str, int]]:
+        """What servers said of the pictures that they could not draw, and how often."""
+        return self._do("SELECT error, COUNT(*) FROM pictures WHERE error IS NOT NULL GROUP BY error ORDER BY error")
+
+    def to_judge(self, judge: str) -> list[Cell]:
+        """Drawn pictures without this judge's scores, each once."""
+        scored = {(key, pair) for key, pair in self._do("SELECT key, pair FROM scores WHERE judge = ?", judge)}
+        todo = {(cell.key, cell.pair.id): cell for cell in self.cells()}
+        return [cell for place, cell in todo.items() if place not in scored]
+
+    def score(self, judge: str, cell: Cell, scores: Sequence[float | None], note: str = "") -> None:
+        """Keeps positive, negative and quality, each 0..1 or None for not judged."""
+        query = "INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?, ?, ?, ?)"
+        self._do(query, judge, cell.key, cell.pair.id, *scores, note)
+
+    def unscore(self, judge: str, cell: Cell) -> None:
+        """Takes a judge's scores back."""
+        self._do("DELETE FROM scores WHERE judge = ? AND key = ? AND pair = ?", judge, cell.key, cell.pair.id)
+
+    def scores(self) -> dict[str, dict[tuple[str, str], tuple[float | None, float | None, float | None]]]:
+        """By judge, then by (key, pair id): positive, negative, quality."""
+        out: dict[str, dict] = {}
+        for judge, key, pair, *scores in self._do(
+            "SELECT judge, key, pair, positive, negative, quality FROM scores ORDER BY judge, key, pair"
+        ):
+            out.setdefault(judge, {})[key, pair] = tuple(scores)
+        return out

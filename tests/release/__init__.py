@@ -1,0 +1,1 @@
+"""What a release needs: the archive that people get, the registry's pictures and the checklist."""

@@ -198,10 +198,13 @@ def _tokenized(clip: Any, text: str) -> dict:
 
 
 def _encoder_of(clip: Any) -> Encoder:
-    classes = {c.__name__ for c in type(clip.cond_stage_model).__mro__}
+    mro = type(clip.cond_stage_model).__mro__
+    classes = {c.__name__ for c in mro}
+    named = next(c.__name__ for c in mro if "<locals>" not in c.__qualname__)  # ComfyUI makes one inside a function
     for encoder in ENCODERS:
-        # many derive from SD1ClipModel that have another encoder inside
-        if encoder.model_class in classes and any(segment.present(clip) for segment in encoder.segments):
+        # many derive from SD1ClipModel that have another encoder inside, some from Qwen-Image's with another template
+        is_it = encoder.model_class == named if encoder.segments[0].template else encoder.model_class in classes
+        if is_it and any(segment.present(clip) for segment in encoder.segments):
             return encoder
     supported = "; ".join(e.title for e in ENCODERS)
     raise ValueError(

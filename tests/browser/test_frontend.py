@@ -178,8 +178,8 @@ def test_badges_on_what_loses_or_refuses_a_negative(demo):
         t.link("CLIPTextEncode", 0, "ConditioningConcat", "conditioning_from")""",
     )
     badges_become(demo, {})
-    edit(demo, "t.widget('CLIPLoader', 'type').value = 'qwen_image'")
-    badges_become(demo, {"CLIPLoader": "VSF: encoder type qwen_image is not supported"})
+    edit(demo, "t.widget('CLIPLoader', 'type').value = 'mochi'")
+    badges_become(demo, {"CLIPLoader": "VSF: encoder type mochi is not supported"})
     edit(demo, "t.widget('CLIPLoader', 'type').value = 'sd3'")
     edit(demo, "t.add('ImageOnlyCheckpointLoader'); t.link('ImageOnlyCheckpointLoader', 0, 'VSFModelPatch', 'model')")
     badges_become(demo, {"ImageOnlyCheckpointLoader": "VSF: this model is not supported"})

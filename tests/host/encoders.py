@@ -167,3 +167,10 @@ def make_flux2_clip():
 
     target = ClipTarget(flux.Flux2Tokenizer, flux.flux2_te())
     return make_language_clip(target, 31, {"mistral3_24b_tokenizer_class": Marked}, vocab_size=152064)
+
+
+def make_hunyuan_image_clip():
+    """HunyuanImage's Qwen2.5-VL, 64 wide."""
+    import comfy.text_encoders.hunyuan_image as hunyuan_image
+
+    return make_language_clip(ClipTarget(hunyuan_image.HunyuanImageTokenizer, hunyuan_image.te(byt5=False)), layers=4)

@@ -388,6 +388,8 @@ def oracle_model(model, expects, released=False):
                 continue
             if is_z_image:
                 inside = -(-x.shape[-2] // 2) * -(-x.shape[-1] // 2)
+                # older ComfyUIs hand each call the same dict, in which the last one's block still stands
+                c["transformer_options"] = {k: v for k, v in c["transformer_options"].items() if k != "block_index"}
                 with z_image(diffusion_model, n, inside, expect, record):
                     pieces.append(apply_model(x, t, **c))
                 continue

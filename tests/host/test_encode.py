@@ -10,6 +10,7 @@ from encoders import (
     make_clip,
     make_flux2_clip,
     make_flux_clip,
+    make_hunyuan_image_clip,
     make_klein_clip,
     make_qwen_image_clip,
     make_wan_clip,
@@ -272,3 +273,9 @@ def test_chroma_negative_is_t5_without_padding(pack, clip_of):
 def test_extrapolation_needs_an_encoder_that_pads(pack, clip_of, name):
     with pytest.raises(ValueError, match="Set extrapolation to 0"):
         attached(pack, clip_of(name), "roof", extrapolation=8.0)
+
+
+def test_the_same_language_model_with_another_models_template(pack):
+    """HunyuanImage's encoder derives from Qwen-Image's and is as wide."""
+    with pytest.raises(ValueError, match="cannot encode a negative with the text encoder QwenImageTEModel_"):
+        attached(pack, make_hunyuan_image_clip(), "roof")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from vsf_core import (
     TokenLayout,
     cross_attention,
+    cross_attention_masked,
     cross_attention_reference,
     joint_attention,
     joint_attention_masked,
@@ -191,6 +192,27 @@ def test_cross_attention(dtype, image, positive, negative, batch, per_token):
         relative(cross_attention(q, k, v, kn, vn, alpha, bias, attend), cross_attention_reference(*double))
         < (TOLERANCE[dtype])
     )
+
+
+def test_cross_attention_with_padding_of_the_positive():
+    """A mask over the positive keys: as if those it hides were not there."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v, kn, vn = (torch.randn(2, 2, n, 64, generator=g) for n in (30, 12, 12, 5, 5))
+    alpha = torch.rand(2, 5, 1, generator=g) * 4
+    mask = torch.zeros(2, 1, 1, 12)
+    mask[0, ..., 7:], mask[1, ..., 9:] = torch.finfo(torch.float32).min, torch.finfo(torch.float32).min
+
+    def attend(q, k, v, m):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=m)
+
+    for rows, columns in ((1, 1), (1, 5), (30, 5)):
+        bias = torch.rand(2, rows, columns, generator=g)
+        for share in (None, torch.zeros(2, 30)):
+            result = cross_attention_masked(q, k, v, kn, vn, alpha, bias, attend, share, mask)
+            for i, kept in enumerate((7, 9)):
+                one = slice(i, i + 1)
+                left = (k[one, :, :kept], v[one, :, :kept], kn[one], vn[one], alpha[one], bias[one])
+                assert relative(result[one], cross_attention_reference(q[one], *left)) < 1e-5
 
 
 def test_appendix_b_identity():

@@ -25,6 +25,7 @@ def test_the_server_lists_it(server):
 
 def test_it_is_found_inserted_and_runs(page, server, tmp_path_factory):
     shot = lambda name: page.screenshot(path=str(tmp_path_factory.getbasetemp() / f"blueprint_{name}.png"))  # noqa: E731
+    page.evaluate("() => app.graph.clear()")  # any but the first page of a server opens with the default workflow
     page.evaluate("() => app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
     page.wait_for_function("() => document.activeElement?.tagName === 'INPUT'")
     page.keyboard.type("image with negative")

@@ -70,20 +70,28 @@ def test_help_panel_shows_the_page_and_its_pictures(tab, tmp_path_factory, node,
     shot(tab, tmp_path_factory, f"help_{node}")
 
 
+DRAWN = """() => [...document.images].filter(i => i.src.startsWith('blob:') && i.naturalWidth === 448)
+    .map(i => i.src)"""
+
+
 def test_template_browser_lists_every_workflow_with_its_thumbnail(tab, tmp_path_factory):
     fetched = []
     tab.on("response", lambda r: fetched.append((r.url.rsplit("/", 2)[1:], r.ok)))
     tab.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     tab.get_by_text("ComfyUI-VSF").first.click(timeout=10_000)
-    drawn = "() => [...document.images].filter(i => i.src.startsWith('blob:') && i.naturalWidth === 448).length"
-    tab.wait_for_function(f"() => ({drawn})() > 0", timeout=10_000)
-    shot(tab, tmp_path_factory, "templates")
     tab.mouse.move(900, 600)
-    tab.mouse.wheel(0, 2000)  # those further down come when they are seen
-    tab.wait_for_function(f"() => ({drawn})() === {len(WORKFLOWS)}", timeout=10_000)
+    drawn = set()
+    for _ in range(60):
+        drawn |= set(tab.evaluate(DRAWN))
+        if len(drawn) >= len(WORKFLOWS):
+            break
+        if drawn:  # those further down come when they are seen
+            tab.mouse.wheel(0, 150)
+        tab.wait_for_timeout(200)
+    assert len(drawn) == len(WORKFLOWS)
     for path in WORKFLOWS:
         assert (["ComfyUI-VSF", f"{path.stem}.jpg"], True) in fetched
-    shot(tab, tmp_path_factory, "templates_end")
+    shot(tab, tmp_path_factory, "templates")
     tab.keyboard.press("Escape")
 
 

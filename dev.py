@@ -215,6 +215,13 @@ def bench(arguments: list[str]) -> int:
     return process.run([str(host.python), str(script), *arguments], env=test_env(host), cwd=str(ROOT))
 
 
+def release(options: argparse.Namespace) -> int:
+    """Runs the release checklist in the host; it changes nothing but the cache."""
+    host = get_host()
+    env = test_env(host)
+    return process.run([str(host.python), "-m", "release.checklist", str(cache_folder())], env=env, cwd=str(ROOT))
+
+
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The command line; `test` and `bench` pass on what they don't know."""
     parser = argparse.ArgumentParser(prog="dev.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -230,6 +237,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     commands.add_parser("bench", help="benchmarks; arguments go to them")
     one = commands.add_parser("serve", help="open ComfyUI with this pack until Ctrl-C")
     one.add_argument("--port", type=int)
+    commands.add_parser("release", help="the checklist before a release; it publishes nothing")
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command not in ("test", "bench"):
         parser.error(f"unknown arguments: {' '.join(rest)}")
@@ -245,7 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
             return test(options, rest)
         if options.command == "bench":
             return bench(rest)
-        return {"setup": setup, "demo": demo, "serve": serve}[options.command](options)
+        return {"setup": setup, "demo": demo, "serve": serve, "release": release}[options.command](options)
     except HostError as error:
         print(f"dev.py: {error}", file=sys.stderr)
         return 1

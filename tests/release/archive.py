@@ -1,4 +1,4 @@
-"""The archive that the registry hands out: git's files less what .comfyignore names, as `comfy node pack` does."""
+"""The archive that the registry hands out: git's files less .comfyignore, as `comfy node pack` takes them."""
 
 from __future__ import annotations
 

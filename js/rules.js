@@ -7,7 +7,9 @@ export const NEGATIVE = "VSFNegativeConditioning";
 
 const HIGHEST_CFG = 2;
 /** Types of ComfyUI's text encoder loaders that make the encoder of a supported model. */
-const ENCODERS = new Set(["sd3", "flux", "wan", "chroma", "qwen_image", "lumina2", "flux2"]);
+const ENCODERS = new Set(
+  ["stable_diffusion", "sdxl", "sd3", "flux", "wan", "ltxv", "cosmos", "chroma", "qwen_image", "lumina2", "flux2"],
+);
 /** Loaders of models that VSF refuses: SVD, unCLIP, and those whose attention runs outside ComfyUI. */
 const REFUSED = /^(ImageOnlyCheckpointLoader|unCLIPCheckpointLoader|Nunchaku.*Loader)$/;
 /** Nodes that keep only the other conditioning's extras, VSF's negative among them. */

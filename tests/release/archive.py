@@ -12,7 +12,7 @@ from hosting.host import ROOT
 
 def git(*arguments: str, folder: Path = ROOT) -> str:
     """What a git command prints; ``HostError`` with git's own words when it fails."""
-    command = ["git", "-C", str(folder), *arguments]
+    command = ["git", "-c", "safe.directory=*", "-C", str(folder), *arguments]  # whoever owns the clone
     try:
         done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     except OSError as error:

@@ -33,8 +33,8 @@ from hosting.host import (
 from hosting.server import ComfyServer, check_port
 
 PYTEST = ("-m", "pytest", "-p", "hosting.pytest_root")
-PARALLEL = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile")
-"""More than certain tests: in a process a core, whole files each."""
+PARALLEL = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile", "--no-loadscope-reorder")
+"""More than certain tests: in a process a core, whole files each, those with servers (bench, browser, dev) first."""
 SMOKE_VERSIONS = ("0.16.3", "0.24.1")
 """The oldest and a middle ComfyUI: on these, the usual test command runs what is marked smoke."""
 PER_VERSION = ("tests/host", "tests/server")

@@ -28,7 +28,7 @@ NEEDED = (
     r"nodes/families/\w+\.py",
     r"vsf_core/\w+\.py",
     r"js/\w+\.js",
-    r"js/docs/VSF\w+\.md",
+    r"js/docs/VSF\w+(/en)?\.md",
     r"js/docs/presets\.png",
     rf"locales/{LANGUAGE}/(commands|main|nodeDefs|settings)\.json",
     r"workflows/vsf_\w+\.(json|jpg)",

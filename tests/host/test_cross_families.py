@@ -514,7 +514,7 @@ def test_anima_shows_its_words_and_cannot_extrapolate(pack, caplog):
     shown = node.execute(positive=conditioning(), clip=clip, text="red café").ui.as_dict()["text"][0]
     n = len(clip.tokenizer.t5xxl.tokenizer("red café")["input_ids"])
     assert shown.splitlines() == [f"pushes away {n} tokens", "Qwen3: red · café"]
-    with pytest.raises(ValueError, match="Anima .* pads none. Set extrapolation to 0"):
+    with pytest.raises(ValueError, match="not that of Anima .* Set extrapolation to 0"):
         attached_of(pack, clip, "roof", extrapolation=8.0)
     with caplog.at_level(logging.INFO):
         run(family, pack.patch(loaded("anima")), pack.negative(family.prompt(), clip=clip, text="red café"))

@@ -210,7 +210,7 @@ def nag_oracle(model, expect):
         c["c_crossattn"] = torch.cat([c["c_crossattn"], expect.negative.expand(2, -1, -1)], dim=1)
         image = -(-x.shape[-2] // 2) * -(-x.shape[-1] // 2)
         kw = {"image": image, "positive": positive, "n": n, "expect": expect, "record": record}
-        with replaced(flux_math, make, released=False, user_mask=None, **kw):
+        with replaced(flux_math, "optimized_attention", make, released=False, user_mask=None, **kw):
             return apply(x, params["timestep"], **c)
 
     clone = model.clone()

@@ -8,7 +8,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [ROOT / "__init__.py", *ROOT.glob("nodes/**/*.py"), *ROOT.glob("vsf_core/**/*.py")]
-HARMLESS = {"abc", "collections", "comfy", "comfy_api", "dataclasses", "functools", "importlib", "itertools", "logging"}
+HARMLESS = {
+    "abc",
+    "collections",
+    "comfy",
+    "comfy_api",
+    "contextlib",
+    "dataclasses",
+    "functools",
+    "importlib",
+    "itertools",
+    "logging",
+}
 HARMLESS |= {"json", "math", "numpy", "PIL", "re", "sys", "threading", "torch", "typing", "weakref"}
 HARMLESS |= {"sageattention", "flash_attn", "xformers"}
 """Modules that the pack may import; of these, ``torch`` and ``comfy`` can read files."""

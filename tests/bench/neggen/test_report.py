@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -39,7 +40,15 @@ def store(tmp_path):
 
 
 def opened(path, screenshot):
-    """Opens a report in the browser: it asks for nothing else, all its pictures are there, nothing complains."""
+    """Opens a report in the browser: it asks for nothing else, all its pictures are there, nothing complains.
+
+    In a thread of its own: the browser tests' driver may keep an event loop running in this one.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(look, path, screenshot).result()
+
+
+def look(path, screenshot):
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as p:

@@ -123,6 +123,13 @@ class Family(ABC):
         return torch.cat([_cells(mask, self.patch_size * depth) for depth in self.depths], dim=1)
 
 
+class CrossFamily(Family):
+    """A family whose text is seen in cross-attention alone; the authors' released layout is the paper's Eq. 9 there."""
+
+    cross = True
+    released = Released(copy=False, kinds=frozenset({"double"}))
+
+
 def _cells(mask: Tensor, p: int) -> Tensor:
     """The means of a mask [B, m, (frames,) h, w] over squares of ``p`` pixels: [B, squares, m]."""
     pad = (0, -mask.shape[-1] % p, 0, -mask.shape[-2] % p)

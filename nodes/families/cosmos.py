@@ -12,15 +12,13 @@ import torch
 
 from ..blocks import Block
 from ..negative import Negative
-from .base import Family, Released
+from .base import CrossFamily
 
 
-class Cosmos(Family):
+class Cosmos(CrossFamily):
     title = "Cosmos Predict2 (text and image to video)"
     model_classes = frozenset({"comfy.model_base.CosmosPredict2"})
     encoders = frozenset({"cosmos"})
-    released = Released(copy=False, kinds=frozenset({"double"}))  # the same as the paper's Eq. 9
-    cross = True
     marker = None
 
     def block_counts(self, diffusion_model: Any) -> Mapping[str, int]:

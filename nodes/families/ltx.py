@@ -4,16 +4,14 @@ guides are frames of the latent."""
 from collections.abc import Mapping
 from typing import Any
 
-from .base import Family, Released
+from .base import CrossFamily
 
 
-class LTXV(Family):
+class LTXV(CrossFamily):
     title = "LTX-Video"
     model_classes = frozenset({"comfy.model_base.LTXV"})
     encoders = frozenset({"ltxv"})
     patch_size = 1
-    released = Released(copy=False, kinds=frozenset({"double"}))  # the same as the paper's Eq. 9
-    cross = True
     masked = True
 
     def block_counts(self, diffusion_model: Any) -> Mapping[str, int]:

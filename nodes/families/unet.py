@@ -8,17 +8,16 @@ from typing import Any
 from torch import nn
 
 from ..blocks import Block, Counts
-from .base import Family, Released
+from .base import CrossFamily, Released
 
 
-class UNet(Family):
+class UNet(CrossFamily):
     title = "Stable Diffusion 1.5, 2.1 and SDXL (with Lightning, DMD2, LCM and other LoRAs)"
     model_classes = frozenset({"comfy.model_base.BaseModel", "comfy.model_base.SDXL"})
     encoders = frozenset({"sd1", "sd2", "sdxl"})
     patch_size = 1
     depths = (1, 2, 4, 8)
-    released = Released(copy=False, kinds=frozenset({"input", "middle", "output"}))  # the same as the paper's Eq. 9
-    cross = True
+    released = Released(copy=False, kinds=frozenset({"input", "middle", "output"}))
     marker = "attn2"
 
     def check(self, model: Any) -> None:

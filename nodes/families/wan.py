@@ -7,15 +7,13 @@ from typing import Any
 from torch import Tensor
 
 from ..blocks import Block
-from .base import Family, Released
+from .base import CrossFamily
 
 
-class Wan(Family):
+class Wan(CrossFamily):
     title = "Wan 2.1 and 2.2 (text and image to video, VACE, Fun, 5B and 14B)"
     model_classes = frozenset(f"comfy.model_base.{name}" for name in ("WAN21", "WAN21_Vace", "WAN21_Camera", "WAN22"))
     encoders = frozenset({"wan"})
-    released = Released(copy=False, kinds=frozenset({"double"}))  # the same as the paper's Eq. 9
-    cross = True
 
     def block_counts(self, diffusion_model: Any) -> Mapping[str, int]:
         return {"double": len(diffusion_model.blocks)}

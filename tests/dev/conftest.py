@@ -1,5 +1,6 @@
 """Makes `hosting` importable and finds the ComfyUI that dev.py names."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -25,3 +26,12 @@ def tiny_models() -> Path:
     if not (models / "diffusion_models").is_dir():
         pytest.skip("the tiny models are missing; run the tests with dev.py test")
     return models
+
+
+@pytest.fixture(scope="session")
+def dev():
+    """dev.py as a module."""
+    spec = importlib.util.spec_from_file_location("vsf_dev", ROOT / "dev.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,6 +1,5 @@
 """What README and docs tell people to run: every Python block runs, every dev.py command line is one that it takes."""
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -18,11 +17,8 @@ COMMANDS = sorted({line for text in TEXTS for line in re.findall(r"python3? dev\
 
 
 @pytest.fixture(scope="module")
-def parse():
-    spec = importlib.util.spec_from_file_location("vsf_dev", ROOT / "dev.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.parse
+def parse(dev):
+    return dev.parse
 
 
 def test_there_is_something_to_run():

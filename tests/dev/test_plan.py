@@ -1,19 +1,11 @@
 """Which tests `dev.py test` runs on which ComfyUI."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def plan():
-    spec = importlib.util.spec_from_file_location("vsf_dev", ROOT / "dev.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.plan
+def plan(dev):
+    return dev.plan
 
 
 def test_usually_the_newest_runs_all_and_two_older_ones_the_smoke_tests(plan):

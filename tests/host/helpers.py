@@ -104,7 +104,8 @@ def sample(
         tokens, options = positive[0]
         negative = conditioning(seed=99, width=tokens.shape[2], pooled_width=options["pooled_output"].shape[1])
     latent = torch.zeros(batch, channels, *size)
-    noise = comfy.sample.prepare_noise(latent, seed)
+    own = torch.Generator().manual_seed(seed)  # prepare_noise seeds torch's, which threads share
+    noise = torch.randn(latent.shape, generator=own)
     return comfy.sample.sample(model, noise, steps, cfg, sampler, "simple", positive, negative, latent, seed=seed, **kw)
 
 

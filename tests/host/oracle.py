@@ -278,17 +278,14 @@ def unet_cross_attention(model, n, expect, record):
         if found:
             index = len(set(layers.values()))
             layers.update({id(attention): index for attention in found})
-    original = unet_attention.CrossAttention.forward
 
-    def forward(self, x, context=None, value=None, mask=None, transformer_options=None):
-        if id(self) not in layers:
-            return original(self, x, context, value, mask, transformer_options)
+    def forward(self, index, x, context=None, value=None, mask=None, transformer_options=None):
         assert mask is None
         record.joint += 1
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context if value is None else value)
-        return self.to_out(eq_9(q, k, v, self.heads, n, expect, layers[id(self)], record).to(x.dtype))
+        return self.to_out(eq_9(q, k, v, self.heads, n, expect, index, record).to(x.dtype))
 
-    with methods_replaced({unet_attention.CrossAttention: forward}):
+    with layers_replaced(unet_attention.CrossAttention, layers, forward):
         yield
 
 
@@ -296,11 +293,8 @@ def unet_cross_attention(model, n, expect, record):
 def cosmos_cross_attention(model, n, expect, record):
     """While open, the cross-attention layers of Cosmos Predict2 and Anima are Eq. 9 on [P, N]."""
     layers = {id(block.cross_attn): i for i, block in enumerate(model.model.diffusion_model.blocks)}
-    original = cosmos.Attention.forward
 
-    def forward(self, x, context=None, rope_emb=None, **kw):
-        if id(self) not in layers:
-            return original(self, x, context, rope_emb, **kw)
+    def forward(self, index, x, context=None, rope_emb=None, **kw):
         record.joint += 1
         q, k, v = (
             norm(project(t).unflatten(-1, (self.n_heads, self.head_dim))).flatten(2)
@@ -310,9 +304,9 @@ def cosmos_cross_attention(model, n, expect, record):
                 (self.v_norm, self.v_proj, context),
             )
         )
-        return self.output_proj(eq_9(q, k, v, self.n_heads, n, expect, layers[id(self)], record).to(x.dtype))
+        return self.output_proj(eq_9(q, k, v, self.n_heads, n, expect, index, record).to(x.dtype))
 
-    with methods_replaced({cosmos.Attention: forward}):
+    with layers_replaced(cosmos.Attention, layers, forward):
         yield
 
 
@@ -320,17 +314,24 @@ def cosmos_cross_attention(model, n, expect, record):
 def ltx_cross_attention(model, n, expect, record):
     """While open, the attn2 layers of LTX-Video are Eq. 9 on [P, N], with the mask of P's padding."""
     layers = {id(block.attn2): i for i, block in enumerate(model.model.diffusion_model.transformer_blocks)}
-    original = ltx.CrossAttention.forward
 
-    def forward(self, x, context=None, mask=None, *args, **kw):
-        if id(self) not in layers:
-            return original(self, x, context, mask, *args, **kw)
+    def forward(self, index, x, context=None, mask=None, *args, **kw):
         record.joint += 1
         q, k, v = self.q_norm(self.to_q(x)), self.k_norm(self.to_k(context)), self.to_v(context)
-        return self.to_out(eq_9(q, k, v, self.heads, n, expect, layers[id(self)], record, mask=mask).to(x.dtype))
+        return self.to_out(eq_9(q, k, v, self.heads, n, expect, index, record, mask=mask).to(x.dtype))
 
-    with methods_replaced({ltx.CrossAttention: forward}):
+    with layers_replaced(ltx.CrossAttention, layers, forward):
         yield
+
+
+def layers_replaced(cls, layers, forward):
+    """While open, those of a class's modules whose ids ``layers`` has compute ``forward(self, layers[id], ...)``."""
+    original = cls.forward
+
+    def chosen(self, *args, **kw):
+        return original(self, *args, **kw) if id(self) not in layers else forward(self, layers[id(self)], *args, **kw)
+
+    return methods_replaced({cls: chosen})
 
 
 @contextlib.contextmanager

@@ -201,12 +201,19 @@ def test_partly_loaded_model(pack, family, lora, monkeypatch):
     assert relative(result, expected) <= 1e-5 and relative(result, whole) <= 1e-5
 
 
-def test_two_threads_at_once(pack):
+def test_two_threads_at_once(pack, monkeypatch):
     """As with several GPUs: models with other settings, and of other families, sampled at the same time.
 
-    Each is loaded for itself: of clones of one model, stock ComfyUI too can sample one at a time only.
+    Each is loaded for itself: of clones of one model, stock ComfyUI too can sample one at a time only. Its list of
+    loaded models is one for all threads and not guarded, so that loading takes turns here.
     """
-    jobs = []
+    load_models, turn, jobs = comfy.model_management.load_models_gpu, threading.Lock(), []
+
+    def load_in_turn(*args, **kw):
+        with turn:
+            return load_models(*args, **kw)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", load_in_turn)
     for family, (load, *_) in FAMILIES.items():
         for scale in (1.0, 4.0):
             jobs.append((family, pack.patch(load(), scale=scale), attached(pack, family)))

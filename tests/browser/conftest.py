@@ -37,9 +37,12 @@ def browser():
         chromium.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def new_page(browser):
-    """Opens a fresh frontend, its templates dialog closed; ``page.problems`` collects errors and warnings."""
+    """Opens a fresh frontend, its templates dialog closed; ``page.problems`` collects errors and warnings.
+
+    It closes with its module: an open frontend keeps drawing, and takes a tenth of a core from all later tests.
+    """
     contexts = []
 
     def opened(address):

@@ -408,10 +408,10 @@ def test_a_block_that_computes_its_attention_past_comfyui_fails_loudly(pack, nam
         run(family, pack.patch(model), attached)
 
 
-def test_compiled_whole(pack, name, family, model):
+def test_compiled_whole(request, pack, name, family, model):
     """ComfyUI's TorchCompileModel: no graph break, and no graph of stock or of another negative is mistaken."""
-    if name in ("sd1", "sd2"):
-        pytest.skip("the same class as SDXL's, and a minute each")
+    if name != "ltxv" and not request.config.getoption("--long"):
+        pytest.skip("half a minute each; --long runs it")
     torch._dynamo.reset()
     compiled = model.clone()
     options = {"guard_filter_fn": skip_torch_compile_dict}

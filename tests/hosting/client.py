@@ -58,6 +58,11 @@ class ComfyClient:
         keys = ("filename", "subfolder", "type")
         return self._request("/view?" + urllib.parse.urlencode({key: ref[key] for key in keys if key in ref}))
 
+    def memory(self) -> int:
+        """Bytes in use on the server's devices, by whomever; a device that is a CPU counts the machine's."""
+        devices = json.loads(self._request("/system_stats"))["devices"]
+        return sum(device["vram_total"] - device["vram_free"] for device in devices)
+
     def interrupt(self, prompt_id: str | None = None) -> None:
         """Stops the graph that runs now; with an id, only if it is that one."""
         self._request("/interrupt", json.dumps({"prompt_id": prompt_id} if prompt_id else {}).encode())

@@ -88,7 +88,8 @@ def with_toys(prompt: Prompt) -> Prompt:
     smallest = {"width": 64, "height": 64, "length": 5}
     for one in prompt.values():
         inputs = one["inputs"]
-        inputs.update({name: value for name, value in smallest.items() if name in inputs})
+        if one["class_type"] != "ImageFromBatch":
+            inputs.update({name: value for name, value in smallest.items() if name in inputs})
         if one["class_type"] == "KSampler":  # a pair of samplers shares its steps
             inputs["steps"] = 2
         for name, value in inputs.items():

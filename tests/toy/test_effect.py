@@ -1,7 +1,5 @@
 """The shipped toy models draw what nobody asked to leave out, and VSF takes it away, through the pack's own nodes."""
 
-from functools import cache
-
 import numpy as np
 import pytest
 import sampling
@@ -13,7 +11,7 @@ REMOVED = {"sd3": 0.80, "flux": 0.80, "wan": 0.45}
 """How often at least the part is gone with them."""
 MISSING = {"sd3": 0.10, "flux": 0.30, "wan": 0.35}
 """How often at most the toys forget a part that nobody asked to leave out. They are undertrained, Wan most of all."""
-SEEDS = {"sd3": range(3000, 3003), "flux": range(3000, 3004), "wan": range(3000, 3002)}
+SEEDS = {"sd3": (3000, 3001), "flux": (3000, 3001, 3002), "wan": (3000, 3001)}
 
 
 @pytest.fixture(scope="module", params=CHOSEN)
@@ -26,25 +24,24 @@ def rates(family):
     """method, settings -> (positive, negative): how often the object is there, and the part gone."""
     toy = sampling.Toy(family)
 
-    @cache
-    def measure(method, **settings):
+    def measure(method, seeds, **settings):
         scores = []
         for case in sampling.cases(world.pairs(world.TEST), prompts=1):
-            scores.append(sampling.score(toy.pictures(case, method, settings, list(SEEDS[family])), case))
+            scores.append(sampling.score(toy.pictures(case, method, settings, seeds), case))
         return np.mean([s.positive for s in scores]), np.mean([s.negative for s in scores])
 
     return measure
 
 
 def test_without_a_negative_the_parts_are_there(rates, family):
-    positive, negative = rates("none")
+    positive, negative = rates("none", SEEDS[family])
     assert positive >= 0.95
     assert negative <= MISSING[family]
 
 
 def test_vsf_removes_them_and_keeps_the_object(rates, family):
     scale, offset = CHOSEN[family]
-    positive, negative = rates("vsf", scale=scale, offset=offset)
+    positive, negative = rates("vsf", SEEDS[family], scale=scale, offset=offset)
     assert negative >= REMOVED[family]
     assert positive >= 0.90
 
@@ -52,5 +49,5 @@ def test_vsf_removes_them_and_keeps_the_object(rates, family):
 def test_the_flipped_sign_does_it(rates, family):
     """With alpha's sign turned round the negative is one more wish, and the parts stay."""
     scale, offset = CHOSEN[family]
-    _, negative = rates("vsf", scale=-scale, offset=offset)
+    _, negative = rates("vsf", SEEDS[family][:1], scale=-scale, offset=offset)
     assert negative <= MISSING[family]

@@ -15,6 +15,7 @@ from pathlib import Path
 from hosting.errors import HostError
 from hosting.process import clean_up_on_signals
 from hosting.server import ComfyServer
+from PIL import Image
 
 from neggen import drawing, human, judging, pairs, templates
 from neggen.endpoint import KEY_VARIABLE, Endpoint
@@ -94,7 +95,7 @@ def judge(options: argparse.Namespace) -> int:
     """By the toy's detectors, or by a model at an endpoint."""
     name, model = the_judge(options)
     with closing(Store(options.out)) as store:
-        todo = [(store.path(cell.key), cell.pair) for cell in store.to_judge(name)]
+        todo = [(Image.open(store.path(cell.key)).size, cell.pair) for cell in store.to_judge(name)]
         if model and todo:
             print(model.estimate(todo, options.at_once), flush=True)
             confirm(options)
@@ -119,8 +120,9 @@ def search(options: argparse.Namespace) -> int:
         ranges[key] = (low, high)
     (fixed,) = templates.parse_run(":".join([options.method, *options.fixed]))
     if model:
-        count = len(chosen) * len(seeds) * (options.trials + 1)
-        print(f"up to {count} pictures to {name}; {options.max_cost or 'no'} limit of cost", flush=True)
+        size = tuple(template.slots.get(side, 1024) for side in ("width", "height"))
+        most = [(size, pair) for pair in chosen] * (len(seeds) * (options.trials + 1))
+        print(f"at most {model.estimate(most, options.at_once)}", flush=True)
         confirm(options)
     asked = Search(template, options.method, fixed.settings, ranges, chosen, seeds, name)
     with closing(Store(options.out)) as store, toy_server(not options.server) as server:
@@ -203,7 +205,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     one.set_defaults(work=judge_by_hand)
     one = commands.add_parser("report", parents=[common], help="tables, plots and contact sheets: HTML, Markdown, CSV")
     one.add_argument("--sheet", type=int, default=12, metavar="N", help="pairs in the contact sheet (12)")
-    one.add_argument("--times", action="store_true", help="also how long pictures took")
+    one.add_argument("--times", action="store_true", help="also how long pictures took, in how much memory")
     one.add_argument("--no-paper", action="store_true", help="without the paper's own figures")
     one.set_defaults(work=write_report)
     return parser.parse_args(arguments)

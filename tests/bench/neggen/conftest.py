@@ -20,7 +20,7 @@ RUNS = (*RUNS, "VSF=vsf:steps=2:scale=3.3:offset=0.2")
 
 def new_server() -> ComfyServer:
     """Starts where it was after it was killed: its port stays."""
-    extra = [ROOT / "tests" / "bench" / "neggen" / "vsf_bench_methods"]
+    extra = [ROOT / "tests" / folder for folder in ("bench/neggen/vsf_bench_methods", "toy/vsf_toy_text_encoder")]
     tree, models = os.environ["VSF_COMFYUI"], os.environ["VSF_MODELS"]
     return ComfyServer(tree, sys.executable, ROOT, models, free_port(), extra_nodes=extra)
 

@@ -3,10 +3,11 @@
 import time
 import uuid
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 from hosting.client import ComfyClient
@@ -19,6 +20,8 @@ from neggen.store import Job, Store
 IDS = uuid.UUID("6f0c1a0e-6d4e-4c43-9d0b-0c6b1e6f9a51")
 CRASHES = 3
 """A picture during which servers die this often is given up for this run."""
+LOOK = 0.25
+"""Seconds between two looks at a server's memory while it draws."""
 BREATH = 5.0
 """Seconds that a picture waits for a server that is gone, before another server may have it."""
 
@@ -137,17 +140,44 @@ def _answers(client: ComfyClient) -> bool:
     return True
 
 
-def _fetch(client: ComfyClient, store: Store, job: Job) -> tuple[bytes, float | None]:
-    """The picture, and the seconds that the server took. What an earlier process asked for is not asked for again."""
+@contextmanager
+def _memory(client: ComfyClient) -> Iterator[list[int]]:
+    """While open, appends the bytes in use on the server's devices, four times a second."""
+    seen: list[int] = []
+    done = Event()
+
+    def look() -> None:
+        over = False
+        while not over:
+            with suppress(ServerDied, PromptFailed):  # a busy server misses a look
+                seen.append(client.memory())
+            over = done.wait(LOOK)
+
+    watcher = Thread(target=look, daemon=True)
+    watcher.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _fetch(client: ComfyClient, store: Store, job: Job) -> tuple[bytes, float | None, int | None]:
+    """The picture, the seconds that the server took, and the most bytes in use on it meanwhile.
+
+    What an earlier process asked for is not asked for again; nobody looked at the memory then.
+    """
     prompt_id = str(uuid.uuid5(IDS, f"{job.key} {job.attempts}"))
     done: dict[str, Any] = {}
+    seen: list[int] = []
     if job.server == client.address:
         while client.is_queued(prompt_id):
             time.sleep(0.3)
         done = client.history(prompt_id)
     if not done:
         store.asked(job.key, client.address)
-        client.run(job.graph, prompt_id=prompt_id)
+        with _memory(client) as seen:
+            client.run(job.graph, prompt_id=prompt_id)
         done = client.history(prompt_id)
     status = done.get("status", {})
     if status.get("status_str") != "success":
@@ -159,4 +189,5 @@ def _fetch(client: ComfyClient, store: Store, job: Job) -> tuple[bytes, float | 
     if not refs:
         raise PromptFailed("the graph saved no picture; a template ends in SaveImage")
     times = [data["timestamp"] for _, data in status["messages"] if "timestamp" in data]
-    return client.image(refs[0]), (max(times) - min(times)) / 1000 if times else None
+    seconds = (max(times) - min(times)) / 1000 if times else None
+    return client.image(refs[0]), seconds, max(seen, default=None)

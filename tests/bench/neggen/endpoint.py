@@ -6,6 +6,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -14,7 +15,6 @@ from urllib.parse import urlsplit
 
 import requests
 from hosting.errors import HostError
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
@@ -87,11 +87,10 @@ class Endpoint:
     def _cost(self, tokens_in: float, tokens_out: float) -> float:
         return (tokens_in * self.prices[0] + tokens_out * self.prices[1]) / 1e6
 
-    def estimate(self, pictures: list[tuple[Path, Pair]], at_once: int) -> str:
-        """What judging would take, before anything is sent: counted tokens, and a guess at the speed."""
+    def estimate(self, pictures: Sequence[tuple[tuple[int, int], Pair]], at_once: int) -> str:
+        """What judging pictures of these sizes would take: tokens, cost, and a guess at the time."""
         tokens = 0.0
-        for path, pair in pictures:
-            width, height = Image.open(path).size
+        for (width, height), pair in pictures:
             tokens += len(ASK.format(pair)) / 4 + math.ceil(width / PATCH) * math.ceil(height / PATCH)
         answers = ANSWER_TOKENS * len(pictures)
         cost = f"{self._cost(tokens, answers):.2f} at the given prices" if any(self.prices) else "no prices were given"

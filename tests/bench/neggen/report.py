@@ -51,6 +51,18 @@ class Row:
     scores: dict[str, Mean | None]
 
 
+@dataclass(frozen=True)
+class Cost:
+    """A run's median seconds a picture, by the server's clock; their ratio to the first run's; and the most memory in
+    use on the server's devices while it drew, in GiB."""
+
+    run: str
+    seconds: float
+    ratio: float
+    memory: float | None
+    pictures: int
+
+
 class Results:
     """What a store holds, as tables. Runs, pairs and judges keep one order, whenever they came."""
 
@@ -94,12 +106,17 @@ class Results:
             out.append(row)
         return out
 
-    def times(self) -> list[tuple[str, float, float, int]]:
-        """Of each run: the median seconds a picture, as the server counts them; times the first run's; pictures."""
-        found = {run.name: [c.seconds for c in self.cells if c.run == run.name and c.seconds] for run in self.runs}
-        medians = {name: statistics.median(seconds) for name, seconds in found.items() if seconds}
-        first = next(iter(medians.values()), 1.0)
-        return [(name, value, value / first, len(found[name])) for name, value in medians.items()]
+    def costs(self) -> list[Cost]:
+        """Of each run, in the form of Table 6."""
+        out: list[Cost] = []
+        for run in self.runs:
+            mine = [cell for cell in self.cells if cell.run == run.name and cell.seconds]
+            if mine:
+                seconds = statistics.median(cell.seconds for cell in mine)
+                most = max((cell.memory for cell in mine if cell.memory), default=None)
+                first = out[0].seconds if out else seconds
+                out.append(Cost(run.name, seconds, seconds / first, most and most / 2**30, len(mine)))
+        return out
 
     def sweeps(self, judge: str) -> dict[str, list[tuple[float, Row]]]:
         """Runs of one method that differ in one number, by what they share; three or more make a sweep."""
@@ -155,7 +172,7 @@ def write(store: Store, folder: Path, pairs_shown: int = 12, times: bool = False
         "results": results,
         "scores": SCORES,
         "plots": plots,
-        "times": results.times() if times else [],
+        "costs": results.costs() if times else [],
         "paper": json.loads((HERE / "paper.json").read_text(encoding="utf-8")) if paper else {},
         "sheet": _sheet(results, pairs_shown),
         "templates": store.templates(),

@@ -27,7 +27,7 @@ CREATE TABLE IF NOT EXISTS pairs (id TEXT PRIMARY KEY, pair TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS runs (name TEXT PRIMARY KEY, template TEXT NOT NULL, method TEXT NOT NULL,
     settings TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS pictures (key TEXT PRIMARY KEY, graph TEXT NOT NULL, sha256 TEXT, seconds REAL,
-    server TEXT, attempts INTEGER NOT NULL DEFAULT 0, error TEXT);
+    memory INTEGER, server TEXT, attempts INTEGER NOT NULL DEFAULT 0, error TEXT);
 CREATE TABLE IF NOT EXISTS cells (run TEXT NOT NULL REFERENCES runs, pair TEXT NOT NULL REFERENCES pairs,
     seed INTEGER NOT NULL, key TEXT NOT NULL REFERENCES pictures, PRIMARY KEY (run, pair, seed));
 CREATE TABLE IF NOT EXISTS scores (judge TEXT NOT NULL, key TEXT NOT NULL REFERENCES pictures, pair TEXT NOT NULL,
@@ -47,13 +47,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Cell:
-    """A picture of a run for a pair and a seed. seconds: the server's own time; None before it was drawn."""
+    """A picture of a run for a pair and a seed. seconds: the server's own time; memory: the most bytes in use on its
+    devices meanwhile; None before it was drawn, or where nobody looked."""
 
     run: str
     pair: Pair
     seed: int
     key: str
     seconds: float | None
+    memory: int | None
 
 
 class Store:
@@ -136,7 +138,7 @@ class Store:
         query = "UPDATE pictures SET error = ?, attempts = attempts + 1, server = NULL WHERE key = ?"
         self._do(query, error, key)
 
-    def drawn(self, key: str, png: bytes, seconds: float | None) -> None:
+    def drawn(self, key: str, png: bytes, seconds: float | None, memory: int | None = None) -> None:
         """Keeps a picture: the file, then its row."""
         path = self.path(key)
         part = path.with_suffix(".part")
@@ -145,8 +147,8 @@ class Store:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-        query = "UPDATE pictures SET sha256 = ?, seconds = ?, error = NULL WHERE key = ?"
-        self._do(query, hashlib.sha256(png).hexdigest(), seconds, key)
+        query = "UPDATE pictures SET sha256 = ?, seconds = ?, memory = ?, error = NULL WHERE key = ?"
+        self._do(query, hashlib.sha256(png).hexdigest(), seconds, memory, key)
 
     def path(self, key: str) -> Path:
         return self.pictures / f"{key}.png"
@@ -161,13 +163,13 @@ class Store:
     def cells(self, drawn: bool = True) -> list[Cell]:
         """All pictures, or all that were asked for: by run and pair in the order they were planned in, and by seed."""
         rows = self._do(
-            "SELECT cells.run, pairs.pair, cells.seed, pictures.key, pictures.seconds FROM cells"
+            "SELECT cells.run, pairs.pair, cells.seed, pictures.key, pictures.seconds, pictures.memory FROM cells"
             " JOIN runs ON runs.name = cells.run JOIN pairs ON pairs.id = cells.pair"
             " JOIN pictures ON pictures.key = cells.key WHERE pictures.sha256 IS NOT NULL OR NOT ?"
             " ORDER BY runs.rowid, pairs.rowid, cells.seed",
             drawn,
         )
-        return [Cell(run, Pair(**json.loads(pair)), seed, key, seconds) for run, pair, seed, key, seconds in rows]
+        return [Cell(run, Pair(**json.loads(pair)), *rest) for run, pair, *rest in rows]
 
     def errors(self) -> list[tuple[str, int]]:
         """What servers said of the pictures that they could not draw, and how often."""

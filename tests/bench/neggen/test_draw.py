@@ -15,7 +15,7 @@ from hosting.server import free_port
 from PIL import Image
 
 from neggen import drawing, pairs, templates
-from neggen.conftest import RUNS
+from neggen.conftest import RUNS, new_server
 from neggen.store import Store
 
 BENCH = Path(__file__).resolve().parents[1]
@@ -53,6 +53,7 @@ def test_killed_twice_and_nothing_is_done_twice_or_lost(server, tmp_path):
     assert server.log().count("got prompt") - before == 9
     for cell in store.cells():
         assert Image.open(store.path(cell.key)).size == (256, 256) and cell.seconds is not None
+    assert any(cell.memory for cell in store.cells()), "nobody looked at the memory"
     pictures = {cell.run: store.path(cell.key).read_bytes() for cell in store.cells() if cell.pair.prompt == "a house"}
     assert len(set(pictures.values())) == len(RUNS), "two methods drew the same"
     store.close()
@@ -74,6 +75,24 @@ def test_a_server_that_dies_and_comes_back(server, planned, monkeypatch):
     killer.join()
     assert len(planned.cells()) == 10 and drawn(planned.folder) == 9
     assert Counter(server for (server,) in planned._do("SELECT server FROM pictures")) == {server.address: 9}
+
+
+def test_two_servers_share_the_work(request, server, planned):
+    if not request.config.getoption("--long"):
+        pytest.skip("starts a second server; --long runs it")
+    with new_server() as other:
+        assert drawing.draw(planned, [server.address, other.address], depth=1) == 0
+        asked = [one.log().count("got prompt") for one in (server, other)]
+    shares = Counter(address for (address,) in planned._do("SELECT server FROM pictures"))
+    assert set(shares) == {server.address, other.address} and sum(shares.values()) == 9
+    assert asked[1] == shares[other.address], "a picture was asked for twice"
+    alone = Store(planned.folder.with_name("alone"))
+    template = templates.load("toy_sd3")
+    alone.plan(template, planned.runs(), pairs.load("toy")[:2], [1])
+    assert drawing.draw(alone, [server.address]) == 0
+    for job in planned.cells():
+        with Image.open(planned.path(job.key)) as one, Image.open(alone.path(job.key)) as same:
+            assert one.tobytes() == same.tobytes(), "the servers draw differently"
 
 
 def test_no_server(planned, monkeypatch):

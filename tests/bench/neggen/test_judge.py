@@ -13,8 +13,8 @@ from hosting.errors import HostError
 from PIL import Image, PngImagePlugin
 
 from neggen import __main__ as command
-from neggen import human, judging
-from neggen.endpoint import Broken, Endpoint
+from neggen import human, judging, pairs
+from neggen.endpoint import ASK, Broken, Endpoint
 
 KEY = "sk-test-0123456789"
 GOOD = {"positive": 1, "negative": 0.5, "quality": 0.8}
@@ -213,6 +213,17 @@ def test_the_command_estimates_and_asks_first(judged, capsys):
         assert len(seen) == 10 and set(judged.scores()["a-model"].values()) == {SCORES}
         assert "10,000 tokens in, 100 out; cost 0.02 " in capsys.readouterr().out
         assert run(judged, address, "--yes") == 0 and len(seen) == 10, "asked twice"
+
+
+def test_a_search_estimates_its_most_before_it_draws(tmp_path, capsys):
+    words = ["search", "--out", str(tmp_path), "--limit", "3", "--trials", "4", "--prices", "1000000", "0"]
+    with endpoint("good") as (address, seen):
+        assert command.main([*words, "--endpoint", address, "--model", "a-model"]) == 1
+    shown = capsys.readouterr()
+    assert "at most 30 pictures to a-model: about " in shown.out and "nothing was sent" in shown.err and not seen
+    cost = float(shown.out.split("cost: ")[1].split()[0])
+    ask = len(ASK.format(pairs.load("toy")[0])) / 4
+    assert cost == pytest.approx(30 * (ask + 100), rel=0.1), "256 pixels are ten patches a side"
 
 
 def test_the_command_stops_and_goes_on(judged, capsys):

@@ -1,10 +1,13 @@
 """Pairs, templates and what is to be drawn."""
 
 import json
+from io import BytesIO
 
 import pytest
 from hosting.client import ComfyClient
 from hosting.errors import HostError
+from hosting.toy_graphs import with_toys
+from PIL import Image
 
 from neggen import pairs, templates, toy_world
 from neggen.store import Store
@@ -109,7 +112,7 @@ def test_templates_of_ones_own(tmp_path):
     path.write_text(json.dumps({"1": {"class_type": "A", "inputs": {"text": "{{prompt}}"}}}))
     with pytest.raises(HostError, match="no slot seed"):
         templates.load(str(path))
-    with pytest.raises(HostError, match="takes flux_schnell, sd35_large_turbo, toy_sd3"):
+    with pytest.raises(HostError, match="takes flux_schnell, sd35_large_turbo, toy_sd3, wan21_1_3b"):
         templates.load("sdxl")
 
 
@@ -122,6 +125,20 @@ def test_shipped_templates_use_nodes_and_inputs_that_exist(server, name):
             schema = known[node["class_type"]]["input"]
             inputs = {**schema["required"], **schema.get("optional", {})}
             assert set(schema["required"]) <= set(node["inputs"]) <= set(inputs), node
+
+
+@pytest.mark.parametrize("name", ["flux_schnell", "sd35_large_turbo", "wan21_1_3b"])
+def test_shipped_templates_draw(server, name):
+    """With toy models, small and in two steps: every run saves one picture, like no other's."""
+    client, template = ComfyClient(server.address), templates.load(name)
+    seen = {}
+    for run in template.runs:
+        graph = with_toys(template.fill(run, "a house", "a roof", 1))
+        (ref,) = client.run(graph)["save"]["images"]
+        picture = Image.open(BytesIO(client.image(ref)))
+        assert picture.size == ((192, 64) if name.startswith("wan") else (64, 64))
+        seen[run.name] = picture.tobytes()
+    assert len(set(seen.values())) == len(seen), f"two of {', '.join(seen)} drew the same"
 
 
 def test_a_name_stands_for_one_setting(tmp_path):
@@ -137,7 +154,6 @@ def test_a_name_stands_for_one_setting(tmp_path):
 
 def test_the_toy_judge_counts(tmp_path):
     import numpy as np
-    from PIL import Image
 
     world = toy_world.world
     scenes = world.sample_scenes(np.random.default_rng(0), world.BY_NAME["house"], 1, alone=0.0)

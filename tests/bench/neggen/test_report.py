@@ -23,7 +23,7 @@ def filled(folder, order, seconds=1.0):
     for job in store.jobs()[::order]:
         png = io.BytesIO()
         Image.new("RGB", (256, 256), f"#{job.key[:6]}").save(png, "PNG")
-        store.drawn(job.key, png.getvalue(), seconds)
+        store.drawn(job.key, png.getvalue(), seconds, int(seconds * 2**30))
     for cell in store.cells()[::order]:
         chance = np.random.default_rng(int(cell.key[:8], 16)).random(4).round(3)
         store.score("person", cell, [1.0, float(chance[1] > 0.5), float(chance[2])])
@@ -123,6 +123,14 @@ def test_unfinished_work_shows(tmp_path):
 def test_it_opens_in_a_browser(store, tmp_path):
     (html, *_) = report.write(store, tmp_path / "report", pairs_shown=3, times=True)
     text = opened(html, tmp_path / "report.png")
-    for words in ("VSF <best>", "Judged by a/model <b>", "40 of 40 pictures", "median seconds", "not: a window"):
+    for words in ("VSF <best>", "Judged by a/model <b>", "40 of 40 pictures", "median seconds", "peak GiB"):
         assert words in text
+    assert "not: a window" in text
     assert "Nothing in this box was measured here" in text
+
+
+def test_costs(store):
+    store._do("UPDATE pictures SET seconds = 2.0, memory = 3 * 1024 * 1024 * 1024 WHERE key = ?", store.cells()[-1].key)
+    none, *_, last = report.Results(store).costs()
+    assert none == report.Cost("none", 1.0, 1.0, 1.0, 8)
+    assert last.ratio == 1.0 and last.memory == 3.0, "the median of the seconds, the most of the memory"

@@ -29,6 +29,11 @@ THUMBNAILS = {
     "vsf_wan22_i2v_14b_lightx2v": ("wan", "cake", "cherry"),
     "vsf_wan22_t2v_14b_lightx2v": ("wan", "clock", "bells"),
     "vsf_generate_then_edit_flux_kontext": ("sd3", "snowman", "hat"),
+    "vsf_z_image_turbo_text_to_image": ("sd3", "cake", "candles"),
+    "vsf_flux2_klein_4b_text_to_image": ("sd3", "snowman", "scarf"),
+    "vsf_qwen_image_lightning_text_to_image": ("sd3", "clock", "bells"),
+    "vsf_chroma1_hd_text_to_image": ("flux", "car", "wheels"),
+    "vsf_sdxl_dmd2_text_to_image": ("sd3", "house", "door"),
 }
 """Of each workflow: the toy's family, the object, and the part that goes."""
 BY_VSF = "vsf_generate_then_edit_flux_kontext"
@@ -40,8 +45,15 @@ WORDED = {
 }
 """Of each workflow whose negative is no part: the prompt, the negative, the scale and the seed."""
 
-SWEEP = "vsf_scale_sweep_sd35_large_turbo"
-SWEPT = (("house", "roof"), ("car", "wheels"))
+SWEEPS = {
+    "vsf_scale_sweep_sd35_large_turbo": ("sd3", ("house", "roof"), ("car", "wheels")),
+    "vsf_scale_sweep_z_image_turbo": ("sd3", ("cake", "candles"), ("house", "window")),
+    "vsf_scale_sweep_flux2_klein_4b": ("sd3", ("snowman", "scarf"), ("car", "lamps")),
+    "vsf_scale_sweep_qwen_image_lightning": ("sd3", ("clock", "bells"), ("car", "wheels")),
+    "vsf_scale_sweep_chroma1_hd": ("flux", ("car", "wheels"), ("clock", "hands")),
+    "vsf_scale_sweep_sdxl_dmd2": ("sd3", ("house", "door"), ("tree", "trunk")),
+}
+"""Of each sweep: the toy's family, and the object and part of each row."""
 SCALES = "0, 1, 2, 3, 4"
 
 TRIES, LEAST_QUALITY = 24, 0.93
@@ -58,7 +70,7 @@ SIDE, GAP, INK, PAPER = 96, 6, (40, 40, 40), (250, 250, 248)
 
 
 def main() -> None:
-    every = (*THUMBNAILS, *WORDED, SWEEP, "presets")
+    every = (*THUMBNAILS, *WORDED, *SWEEPS, "presets")
     wanted = sys.argv[1:] or every
     if unknown := sorted(set(wanted) - set(every)):
         sys.exit(f"no such picture: {', '.join(unknown)}; there are {', '.join(every)}")
@@ -78,8 +90,9 @@ def main() -> None:
             ]
             words = f"{caption}, not: {unwanted}"
             thumbnail(*pair, words).save(ROOT / "workflows" / f"{name}.jpg", quality=88)
-    if SWEEP in wanted:
-        sweeps(toy("sd3")).save(ROOT / "workflows" / f"{SWEEP}.jpg", quality=88)
+    for name, (family, *swept) in SWEEPS.items():
+        if name in wanted:
+            sweeps(toy(family), swept).save(ROOT / "workflows" / f"{name}.jpg", quality=88)
     if "presets" in wanted:
         compare(toy("sd3")).save(ROOT / "js" / "docs" / "presets.png", optimize=True)
 
@@ -129,9 +142,9 @@ def thumbnail(before: Image.Image, after: Image.Image, caption: str) -> Image.Im
     return sheet
 
 
-def sweeps(toy: Toy) -> Image.Image:
+def sweeps(toy: Toy, swept: Sequence[tuple[str, str]]) -> Image.Image:
     """A row for each run of the sweep: its pictures and labels, by the pack's nodes; 448 x 256."""
-    runs = [telling_sweep(toy, thing, part) for thing, part in SWEPT]
+    runs = [telling_sweep(toy, thing, part) for thing, part in swept]
     cells = np.concatenate([pictures for pictures, _ in runs]).transpose(0, 2, 3, 1)
     big = [Image.fromarray((c.clip(0, 1) * 255).round().astype(np.uint8)).resize((80, 80), 0) for c in cells]
     images = torch.from_numpy(np.stack([np.asarray(one) for one in big])).float() / 255
@@ -140,7 +153,7 @@ def sweeps(toy: Toy) -> Image.Image:
     rows = Image.fromarray((made * 255).round().byte().numpy())
     sheet = Image.new("RGB", (448, 256), "white")
     sheet.paste(rows, (0, 0))
-    write(sheet, (8, 226), "; ".join(f"a {thing}, not: {part}" for thing, part in SWEPT) + "  (toy)", 18)
+    write(sheet, (8, 226), "; ".join(f"a {thing}, not: {part}" for thing, part in swept) + "  (toy)", 18)
     return sheet
 
 

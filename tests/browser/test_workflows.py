@@ -22,6 +22,12 @@ LOAD = """async (workflow) => {
 }"""
 
 
+@pytest.fixture(scope="module")
+def tab(server, new_page):
+    """One page for all workflows: each takes the place of the one before."""
+    return new_page(server.address)
+
+
 def load(page, path):
     nodes = page.evaluate(LOAD, json.loads(path.read_text(encoding="utf-8")))
     page.wait_for_timeout(500)
@@ -29,25 +35,26 @@ def load(page, path):
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
-def test_opens_with_no_missing_node(page, path, tmp_path_factory):
-    nodes = load(page, path)
+def test_opens_with_no_missing_node(tab, path, tmp_path_factory):
+    tab.problems.clear()
+    nodes = load(tab, path)
     shipped = json.loads(path.read_text(encoding="utf-8"))["nodes"]
     assert len(nodes) == len(shipped)
     notes = ("MarkdownNote", "Note")
     assert [n for n in nodes if not n["known"] and n["type"] not in notes] == []
     assert {"VSFNegativeConditioning", "VSFModelPatch"} <= {n["type"] for n in nodes}
     # widget values arrive under their own names: the API prompt that Run would send says what the file says
-    prompt = page.evaluate("async () => (await window.app.graphToPrompt()).output")
+    prompt = tab.evaluate("async () => (await window.app.graphToPrompt()).output")
     for node in (n for n in shipped if n["type"] in WIDGETS):
         sent = prompt[str(node["id"])]["inputs"]
         assert {name: sent[name] for name in WIDGETS[node["type"]]} == dict(
             zip(WIDGETS[node["type"]], node["widgets_values"], strict=True)
         )
-    assert not [p for p in page.problems if "vsf" in p.lower()]
-    page.keyboard.press("Escape")  # a dialog about model files that are not here
-    page.evaluate("() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
-    page.wait_for_timeout(600)  # the view glides there
-    page.screenshot(path=str(tmp_path_factory.getbasetemp() / f"{path.stem}.png"))
+    assert not [p for p in tab.problems if "vsf" in p.lower()]
+    tab.keyboard.press("Escape")  # a dialog about model files that are not here
+    tab.evaluate("() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    tab.wait_for_timeout(600)  # the view glides there
+    tab.screenshot(path=str(tmp_path_factory.getbasetemp() / f"{path.stem}.png"))
 
 
 def test_demo_runs_to_a_picture_and_shows_its_tokens(page, tmp_path_factory):

@@ -8,6 +8,13 @@ from hosting.client import ComfyClient, Prompt
 from hosting.graph import without_nodes
 
 VAES = {"sd3": "taesd3", "flux": "taef1", "wan": "vsf_tiny_wan_vae.safetensors"}
+TINY = {
+    **{"Chroma": "chroma", "flux-2-klein": "flux2", "qwen_image": "qwen_image", "sd_xl": "sdxl"},
+    **{"z_image": "z_image"},
+}
+"""How the files of models begin that have no trained toy: the family of the tiny random model in their place."""
+LOADED = ("UNETLoader", "CLIPLoader", "VAELoader")
+"""The loaders of what that node gives, in its order."""
 
 
 def node(class_type: str, **inputs: Any) -> dict[str, Any]:
@@ -69,9 +76,10 @@ def picture(client: ComfyClient, graph: Prompt) -> bytes:
 def with_toys(prompt: Prompt) -> Prompt:
     """A copy of a shipped workflow with toy models, the smallest pictures and few steps.
 
-    Flux and Wan need the toy text encoders' node in the server, and Load Image its picture.
+    Flux and Wan need the toy text encoders' node in the server, the models in ``TINY`` that of tiny models, and Load
+    Image its picture.
     """
-    prompt = without_nodes(prompt, {"LoraLoaderModelOnly": "model", "FluxKontextImageScale": "image"})
+    prompt = _with_tiny_model(without_nodes(prompt, {"LoraLoaderModelOnly": "model", "FluxKontextImageScale": "image"}))
     for key, old in list(prompt.items()):
         kind, inputs = old["class_type"], old["inputs"]
         if kind == "CheckpointLoaderSimple":
@@ -90,9 +98,24 @@ def with_toys(prompt: Prompt) -> Prompt:
         inputs = one["inputs"]
         if one["class_type"] != "ImageFromBatch":
             inputs.update({name: value for name, value in smallest.items() if name in inputs})
-        if one["class_type"] == "KSampler":  # a pair of samplers shares its steps
+        if one["class_type"] in ("KSampler", "Flux2Scheduler"):  # a pair of samplers shares its steps
             inputs["steps"] = 2
         for name, value in inputs.items():
             if isinstance(value, list) and value[1] == 2 and f"{value[0]} vae" in prompt:
                 inputs[name] = [f"{value[0]} vae", 0]
     return prompt
+
+
+def _with_tiny_model(prompt: Prompt) -> Prompt:
+    """The graph with one tiny random model in place of all that it loads, if its model is one of ``TINY``."""
+    files = [one["inputs"].get("unet_name") or one["inputs"].get("ckpt_name", "") for one in prompt.values()]
+    family = next((family for start, family in TINY.items() if any(file.startswith(start) for file in files)), None)
+    if family is None:
+        return prompt
+    slots = {key: LOADED.index(one["class_type"]) for key, one in prompt.items() if one["class_type"] in LOADED}
+    slots |= {key: 0 for key, one in prompt.items() if one["class_type"] == "CheckpointLoaderSimple"}
+    result = {key: {**one, "inputs": dict(one["inputs"])} for key, one in prompt.items() if key not in slots}
+    for inputs in (one["inputs"] for one in result.values()):
+        links = {name: value for name, value in inputs.items() if isinstance(value, list) and value[0] in slots}
+        inputs.update({name: ["tiny", slots[key] + slot] for name, (key, slot) in links.items()})
+    return {**result, "tiny": node("VSFTinyModel", family=family)}

@@ -100,12 +100,12 @@ def flux_model(
     )
 
 
-def flux2(seed: int = 0, guidance: bool = True) -> StateDict:
+def flux2(seed: int = 0, guidance: bool = True, context: int = 64) -> StateDict:
     """A Flux.2-format model of random weights; ``guidance``: Dev's, which Klein lacks."""
     from comfy.ldm.flux.model import Flux
 
     model = Flux(
-        **{"in_channels": 128, "out_channels": 128, "patch_size": 1, "vec_in_dim": None, "context_in_dim": 64},
+        **{"in_channels": 128, "out_channels": 128, "patch_size": 1, "vec_in_dim": None, "context_in_dim": context},
         **{"hidden_size": 256, "num_heads": 2, "depth": 2, "depth_single_blocks": 2, "mlp_ratio": 3.0, "theta": 2000},
         **{"axes_dim": [32, 32, 32, 32], "txt_ids_dims": [3], "qkv_bias": False, "ops_bias": False},
         **{"guidance_embed": guidance, "global_modulation": True, "mlp_silu_act": True},

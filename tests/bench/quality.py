@@ -239,7 +239,7 @@ def stills(pictures: np.ndarray) -> np.ndarray:
     return pictures if pictures.ndim == 4 else np.concatenate([pictures[:1, :, 0], pictures[:1, :, -1]])
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few settings and pictures; under 5 minutes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
@@ -251,7 +251,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--split", choices=["validation", "test", "both"], default="both")
     parser.add_argument("--seeds", type=int, default=4, help="pictures for each prompt")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def main() -> None:

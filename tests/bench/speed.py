@@ -256,7 +256,7 @@ def draw(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
         bars(out / "speed.png", "Time of a forward pass, plain = 1", groups)
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one shape, few rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
@@ -269,7 +269,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cpu", action="store_true", help="on the CPU although there is a GPU")
     parser.add_argument("--kernel", choices=("flash", "efficient", "cudnn"), help="PyTorch's attention kernel on a GPU")
     parser.add_argument("--part", choices=("forward", "attention", "both"), default="both")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.quick:
         options.shape, options.dtype, options.repeats = options.shape[:1], options.dtype[:1], min(options.repeats, 4)
     options.cpu |= not torch.cuda.is_available()

@@ -1,6 +1,7 @@
 """The release checklist, which changes nothing: ``dev.py release``, or ``python -m release.checklist CACHE_FOLDER``.
 
 comfy-cli has a virtual environment of its own in the cache, ``release-venv``: its packages are not ComfyUI's.
+ComfyUI-Manager's is ``manager-venv``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from hosting.errors import HostError
 from hosting.host import ROOT, fresh_venv, has_modules, print_progress, remove, run_pip, venv_python
 
-from release import archive
+from release import archive, manager
 
 COMFY_CLI = "comfy-cli==1.23.0"
 QUIET = {"DO_NOT_TRACK": "1", "NO_COLOR": "1", "COLUMNS": "200"}
@@ -35,6 +36,7 @@ def main(arguments: list[str]) -> int:
             "comfy node validate": lambda: validate(Path(cache), clone),
             "comfy node pack": lambda: pack(Path(cache), clone),
             "archive and old workflows": lambda: check_archive(clone / "node.zip"),
+            "ComfyUI-Manager": lambda: manager.check(Path(cache)),
         }
         failed = 0
         for name, check in checks.items():

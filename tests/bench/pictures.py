@@ -34,6 +34,7 @@ THUMBNAILS = {
     "vsf_qwen_image_lightning_text_to_image": ("sd3", "clock", "bells"),
     "vsf_chroma1_hd_text_to_image": ("flux", "car", "wheels"),
     "vsf_sdxl_dmd2_text_to_image": ("sd3", "house", "door"),
+    "vsf_anima_turbo_text_to_image": ("sd3", "car", "lamps"),
 }
 """Of each workflow: the toy's family, the object, and the part that goes."""
 BY_VSF = "vsf_generate_then_edit_flux_kontext"
@@ -52,6 +53,7 @@ SWEEPS = {
     "vsf_scale_sweep_qwen_image_lightning": ("sd3", ("clock", "bells"), ("car", "wheels")),
     "vsf_scale_sweep_chroma1_hd": ("flux", ("car", "wheels"), ("clock", "hands")),
     "vsf_scale_sweep_sdxl_dmd2": ("sd3", ("house", "door"), ("tree", "trunk")),
+    "vsf_scale_sweep_anima_turbo": ("sd3", ("house", "window"), ("clock", "hands")),
 }
 """Of each sweep: the toy's family, and the object and part of each row."""
 SCALES = "0, 1, 2, 3, 4"

@@ -10,7 +10,7 @@ from hosting.graph import without_nodes
 VAES = {"sd3": "taesd3", "flux": "taef1", "wan": "vsf_tiny_wan_vae.safetensors"}
 TINY = {
     **{"Chroma": "chroma", "flux-2-klein": "flux2", "qwen_image": "qwen_image", "sd_xl": "sdxl"},
-    **{"z_image": "z_image"},
+    **{"z_image": "z_image", "anima": "anima"},
 }
 """How the files of models begin that have no trained toy: the family of the tiny random model in their place."""
 LOADED = ("UNETLoader", "CLIPLoader", "VAELoader")

@@ -150,6 +150,26 @@ MODELS = (
         "steps.",
     ),
     Model(
+        key="anima_turbo",
+        title="Anima with its Turbo LoRA",
+        file=File(
+            "anima-base-v1.0.safetensors", "circlestone-labs/Anima/split_files/diffusion_models", "diffusion_models"
+        ),
+        encoder=File(
+            "qwen_3_06b_base.safetensors", "circlestone-labs/Anima/split_files/text_encoders", "text_encoders"
+        ),
+        encoder_type="stable_diffusion",
+        vae=File("qwen_image_vae.safetensors", "circlestone-labs/Anima/split_files/vae", "vae"),
+        lora=File("anima-turbo-lora-v0.2.safetensors", "circlestone-labs/Anima-Official-LoRAs", "loras"),
+        prompt="a lighthouse keeper's cottage on a hill, anime background art",
+        negative="windows",
+        steps=8,
+        sampler="euler",
+        scheduler="simple",
+        latent="EmptyLatentImage",
+        advice="Keep **cfg at 1**: the LoRA is made for it.",
+    ),
+    Model(
         key="sdxl_dmd2",
         title="SDXL with the DMD2 LoRA",
         file=File("sd_xl_base_1.0.safetensors", "stabilityai/stable-diffusion-xl-base-1.0", "checkpoints"),

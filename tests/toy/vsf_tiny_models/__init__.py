@@ -21,6 +21,7 @@ def loaded(family):
     import tiny
 
     make_model, make_clip = {
+        "anima": (lambda: helpers.load_cosmos("anima"), lambda: encoders.make_cosmos_clip("anima")),
         "chroma": (helpers.load_chroma, encoders.make_chroma_clip),
         "flux2": (lambda: helpers.load_flux2(guidance=False, context=192), encoders.make_klein_clip),
         "qwen_image": (helpers.load_qwen_image, encoders.make_qwen_image_clip),
@@ -43,7 +44,7 @@ class VSFTinyModel:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"family": (["chroma", "flux2", "qwen_image", "sdxl", "z_image"],)}}
+        return {"required": {"family": (["anima", "chroma", "flux2", "qwen_image", "sdxl", "z_image"],)}}
 
     def load(self, family):
         return loaded(family)

@@ -8,7 +8,9 @@ export const NEGATIVE = "VSFNegativeConditioning";
 const HIGHEST_CFG = 2;
 /** Types of ComfyUI's text encoder loaders that make the encoder of a supported model. */
 const ENCODERS = new Set(
-  ["stable_diffusion", "sdxl", "sd3", "flux", "wan", "ltxv", "cosmos", "chroma", "qwen_image", "lumina2", "flux2"],
+  ["stable_diffusion", "sdxl", "sd3", "flux", "wan", "ltxv", "cosmos", "chroma", "qwen_image", "lumina2", "flux2"].concat(
+    ["hunyuan_video", "hunyuan_video_15"],
+  ),
 );
 /** Loaders of models that VSF refuses: SVD, unCLIP, and those whose attention runs outside ComfyUI. */
 const REFUSED = /^(ImageOnlyCheckpointLoader|unCLIPCheckpointLoader|Nunchaku.*Loader)$/;

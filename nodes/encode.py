@@ -47,6 +47,8 @@ class Encoder:
     title: str
     model_class: str
     segments: tuple[Segment, ...]
+    tokenizer_class: str | None = None
+    """Where several models share the class, each with a template of its own."""
 
 
 _T5 = Segment("T5", {"t5xxl": "t5xxl"}, causal=False)
@@ -97,6 +99,19 @@ ENCODERS = (
                 template=True,
             ),
         ),
+    ),
+    Encoder(
+        "hunyuan_video",
+        "HunyuanVideo (DualCLIPLoader of type hunyuan_video)",
+        "HunyuanVideoClipModel",
+        (Segment("LLaMA", {"llama": "llama"}, causal=True, template=True),),
+    ),
+    Encoder(
+        "hunyuan_video_15",
+        "HunyuanVideo 1.5 (DualCLIPLoader of type hunyuan_video_15)",
+        "HunyuanImageTEModel",
+        (Segment("Qwen2.5-VL", {"qwen25_7b": "qwen25_7b"}, causal=True, template=True),),
+        tokenizer_class="HunyuanVideo15Tokenizer",
     ),
     Encoder(
         "cosmos",
@@ -204,6 +219,7 @@ def _encoder_of(clip: Any) -> Encoder:
     for encoder in ENCODERS:
         # many derive from SD1ClipModel that have another encoder inside, some from Qwen-Image's with another template
         is_it = encoder.model_class == named if encoder.segments[0].template else encoder.model_class in classes
+        is_it = is_it and encoder.tokenizer_class in (None, type(clip.tokenizer).__name__)
         if is_it and any(segment.present(clip) for segment in encoder.segments):
             return encoder
     supported = "; ".join(e.title for e in ENCODERS)
@@ -244,7 +260,7 @@ def _encodings(clip: Any, encoder: Encoder, tokens: dict, *, trim: bool) -> list
     for embedding, options in clip.encode_from_tokens_scheduled(tokens, show_pbar=False):
         missing = sum(lengths) - embedding.shape[1]
         cut = missing if present[-1].template else 0  # what the encoder leaves out of the template's beginning
-        if missing != cut or not 0 <= cut < sum(lengths):
+        if missing != cut or not 0 <= cut <= min(kept[-1], default=cut):
             raise RuntimeError(
                 f"VSF: {encoder.model_class} returned {embedding.shape[1]} positions where {sum(lengths)} were "
                 "expected; this ComfyUI encodes text in a way that this version of ComfyUI-VSF does not know. Please "

@@ -406,7 +406,7 @@ class VSFPatch:
         if compiled:
             marked, kwargs = told_apart(PREFIX + forward.signature(), len(run.blocks), control, kwargs)
             control = control if self.family.cross else marked  # cross-attention models all pass the name on
-        with self._positions(forward, diffusion_model, compiled):
+        with self._positions(forward, diffusion_model, compiled), self._refined(diffusion_model):
             result = executor(x, t, c_concat, context, control, options, **kwargs)
         self._check_reached(run, forward, compiled)
         if forward.shares is not None:
@@ -433,6 +433,36 @@ class VSFPatch:
             handle.remove()
         if not seen and not compiled and forward.reached.any():
             raise changed_host(f"this model made its rotary positions without {self.family.rotary}")
+
+    @contextmanager
+    def _refined(self, diffusion_model: Any) -> Iterator[None]:
+        """While open, N and P go through the family's ``refiner`` one by one, by torch's own hooks."""
+        if self.family.refiner is None:
+            yield
+            return
+        refined = []
+
+        def without_n(module: Any, given: tuple, options: dict) -> tuple[tuple, dict]:
+            forward: Forward = options["transformer_options"][FORWARD_KEY]
+            text, timesteps, mask = given
+            n, text = text[:, : forward.tokens], text[:, forward.tokens :]
+            n, hidden = _without_padding(n, forward.padding)
+            refined.append(module.forward(n, timesteps, hidden, **options))
+            return (text, timesteps, None if mask is None else mask[:, forward.tokens :]), options
+
+        def with_n(_module: Any, _given: tuple, _options: dict, text: Tensor) -> Tensor:
+            return torch.cat([refined.pop(), text], dim=1)
+
+        module = getattr(diffusion_model, self.family.refiner)
+        handles = [
+            module.register_forward_pre_hook(without_n, with_kwargs=True),
+            module.register_forward_hook(with_n, with_kwargs=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _backend(self, run: Run, options: dict, device: torch.device, model: Any) -> Backend:
         """Chosen once a run for each override that it meets."""
@@ -667,6 +697,7 @@ def _run_block(
             options, stock = inner["transformer_options"], extra["original_block"]
             forward: Forward = options[FORWARD_KEY]
             # where there is no joint sequence, the override is in force already
+            inner = forward.family.arguments(block, inner, forward.tokens, forward.text)
             layout = None if forward.family.cross else forward.family.layout(block[0], inner, forward.tokens)
         except KeyError as missing:
             raise changed_host(f"{block[0]} blocks hand their patches no {missing}") from missing
@@ -745,6 +776,18 @@ def _kept_apart(host: HostAttention, forward: Forward) -> Tensor:
     own = forward.backend.masked(host)(q[:, :, :n], k[:, :, :n], v[:, :, :n], hidden)
     rest = host.black_box(q[:, :, n:], k[:, :, n:], v[:, :, n:], host.mask)
     return host.join(torch.cat([own, rest], dim=2))
+
+
+def _without_padding(n: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """N [B, n, C] with its padding [B or 1, n] filled by the mean of the rest, so that the mean of all is that too; and
+    the additive mask [B, n] over the padding, if there is any."""
+    if padding is None:
+        return n, None
+    padding = padding & ~padding.all(dim=-1, keepdim=True)  # what is all padding is seen by nobody, but must be finite
+    real = ~padding[..., None]
+    mean = (n.float() * real).sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True)
+    hidden = torch.zeros_like(padding, dtype=n.dtype).masked_fill(padding, torch.finfo(n.dtype).min)
+    return torch.where(real, n, mean.to(n)), hidden.expand(n.shape[0], -1)
 
 
 def _joint_override(

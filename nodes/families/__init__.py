@@ -9,6 +9,7 @@ from .chroma import Chroma, ChromaRadiance
 from .cosmos import Anima, Cosmos
 from .flux import Flux
 from .flux2 import Flux2
+from .hunyuan_video import HunyuanVideo, HunyuanVideo15
 from .ltx import LTXV
 from .qwen_image import QwenImage
 from .sd3 import SD3
@@ -29,6 +30,8 @@ FAMILIES: tuple[Family, ...] = (
     QwenImage(),
     ZImage(),
     Flux2(),
+    HunyuanVideo(),
+    HunyuanVideo15(),
 )
 
 OTHER_LOADERS = {
@@ -55,7 +58,8 @@ def family_of(model: Any) -> Family:
         family.check(model)
         for ask in (family.block_counts, family.context_width, family.head_dim):  # what a run will ask for
             ask(diffusion_model)
-        getattr(diffusion_model, family.rotary or "forward")
+        for name in (family.rotary, family.refiner):
+            getattr(diffusion_model, name or "forward")
     except AttributeError as error:
         raise changed_host(f"this model of {family.title} is built otherwise ({error})") from error
     return family

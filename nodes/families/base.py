@@ -44,6 +44,9 @@ class Family(ABC):
     """None where the authors released no pipeline for the family."""
     rotary: str | None = None
     """The diffusion model's module that turns token positions into rotations, where text tokens are counted through."""
+    refiner: str | None = None
+    """The diffusion model's module in which text tokens see one another before the blocks, called with (text,
+    timesteps, mask): N goes through it by itself."""
     cross: bool = False
     """Text is seen in cross-attention alone (Eq. 9): no duplication and no isolation are needed."""
     masked: bool = False
@@ -70,6 +73,11 @@ class Family(ABC):
     def layout(self, kind: str, args: Mapping[str, Any], negative: int) -> TokenLayout:
         """The joint sequence inside a block of type ``kind``, from the arguments ComfyUI hands to a block patch."""
         raise NotImplementedError(f"{self.title} has no joint sequence")
+
+    def arguments(self, block: Block, args: dict, negative: int, text: int) -> dict:
+        """The arguments that ComfyUI hands to a block, with the ``negative`` tokens of N first in the stream of text;
+        ``text``: how many of its tokens were given to the model, N included."""
+        return args
 
     def block_of(self, options: Mapping[str, Any], before: int) -> Block:
         """The block of an attention over text that no block patch encloses, from its ``transformer_options`` and the

@@ -124,7 +124,7 @@ def make_language_clip(target, layers=3, tokenizer_data=None, **config):
         **config,
     }
     names = ("qwen25_7b", "qwen3_4b", "qwen3_8b", "mistral3_24b", "llama")
-    options = {f"{name}_model_config": small for name in names}
+    options = {f"{name}_model_config": small for name in names} | {"clip_l_model_config": tiny_config(64)}
     clip = comfy.sd.CLIP(target, model_options=options, parameters=1_000_000, tokenizer_data=tokenizer_data or {})
     g = torch.Generator().manual_seed(0)
     for name, p in clip.cond_stage_model.named_parameters():
@@ -167,6 +167,21 @@ def make_flux2_clip():
 
     target = ClipTarget(flux.Flux2Tokenizer, flux.flux2_te())
     return make_language_clip(target, 31, {"mistral3_24b_tokenizer_class": Marked}, vocab_size=152064)
+
+
+def make_hunyuan_video_clip():
+    """HunyuanVideo's LLaMA, 64 wide, and CLIP-L."""
+    import comfy.text_encoders.hunyuan_video as hunyuan_video
+
+    return make_language_clip(ClipTarget(hunyuan_video.HunyuanVideoTokenizer, hunyuan_video.hunyuan_video_clip()), 4)
+
+
+def make_hunyuan_video_15_clip():
+    """HunyuanVideo 1.5's Qwen2.5-VL, 64 wide."""
+    import comfy.text_encoders.hunyuan_image as hunyuan_image
+    import comfy.text_encoders.hunyuan_video as hunyuan_video
+
+    return make_language_clip(ClipTarget(hunyuan_video.HunyuanVideo15Tokenizer, hunyuan_image.te(byt5=False)), 4)
 
 
 def make_hunyuan_image_clip():

@@ -74,6 +74,11 @@ def load_z_image(**kw):
     return load_sized(tiny.z_image(**kw), tiny.Z_IMAGE)
 
 
+def load_hunyuan_video(kind="t2v", **kw):
+    """A tiny random HunyuanVideo, or 1.5, through ComfyUI's own loader."""
+    return comfy.sd.load_diffusion_model_state_dict(tiny.hunyuan_video(kind, **kw))
+
+
 def text(length, seed, width=64, batch=1):
     g = torch.Generator().manual_seed(seed)
     return torch.randn(batch, length, width, generator=g)

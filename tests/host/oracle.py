@@ -208,6 +208,23 @@ def z_image(dit, negative, inside, expect, record):
         lumina.optimized_attention_masked = attend
 
 
+@contextlib.contextmanager
+def refined_apart(refiner, positive, mask):
+    """While open, P and N go through HunyuanVideo's token refiner one by one; ``mask``: of P's padding, or None."""
+    original = refiner.forward
+
+    def forward(x, timesteps, _, transformer_options):
+        hidden = None if mask is None else (mask - 1).to(x.dtype) * torch.finfo(x.dtype).max
+        texts = ((x[:, :positive], hidden), (x[:, positive:], None))
+        return torch.cat([original(t, timesteps, m, transformer_options) for t, m in texts], dim=1)
+
+    refiner.forward = forward
+    try:
+        yield
+    finally:
+        del refiner.forward
+
+
 def seam(diffusion_model):
     """Where a joint model's attention is: the module, the name of its function, what replaces it."""
     if hasattr(diffusion_model, "double_blocks"):
@@ -365,6 +382,7 @@ def oracle_model(model, expects, released=False):
     is_z_image = hasattr(diffusion_model, "context_refiner")
     embedder = getattr(diffusion_model, "pe_embedder", None)
     patch = getattr(diffusion_model, "patch_size", 2)
+    patch = patch[-1] if isinstance(patch, list) else patch
 
     def run(apply_model, params):
         chunks = len(params["cond_or_uncond"])
@@ -395,13 +413,17 @@ def oracle_model(model, expects, released=False):
                     pieces.append(apply_model(x, t, **c))
                 continue
             looked_at = [x, *(c.get("ref_latents", []) if diffusion_model.__class__.__name__ != "Chroma" else [])]
-            image = sum(-(-z.shape[-2] // patch) * -(-z.shape[-1] // patch) for z in looked_at)
+            looked_at += [c["ref_latent"]] if c.get("ref_latent") is not None else []
+            image = sum(z[0, 0, ..., ::patch, ::patch].numel() for z in looked_at)
             plain_copy = [n] if released and not is_flux else []
             c["c_crossattn"] = torch.cat([text, *plain_copy, n], dim=1)
             positive = c["c_crossattn"].shape[1] - n.shape[1]
             if released and is_flux:
                 c["y"] = expect.pooled + 1.1 * (c["y"] - expect.pooled)
             mask = c.pop("attention_mask", None)
+            refiner = getattr(diffusion_model, "txt_in", None) if hasattr(diffusion_model, "byt5_in") else None
+            refined = refined_apart(refiner, text.shape[1], mask) if refiner else contextlib.nullcontext()
+            positive += sum(c[k].shape[1] for k in ("txt_byt5", "clip_fea") if c.get(k) is not None)
             if mask is not None and mask.ndim == 2:  # over the text alone, 0 where it is padding
                 mask = torch.nn.functional.pad((mask - 1.0) * 1e30, (0, n.shape[1] + image))[:, None]
             elif mask is not None:
@@ -409,8 +431,11 @@ def oracle_model(model, expects, released=False):
             kw = {"image": image, "positive": positive, "n": n.shape[1], "expect": expect}
             is_flux2 = hasattr(diffusion_model, "double_stream_modulation_img")
             at_end = is_flux2 and hasattr(diffusion_model.guidance_in, "in_layer")  # Dev
-            with replaced(
-                *seam(diffusion_model), embedder, at_end, record=record, released=released, user_mask=mask, **kw
+            with (
+                refined,
+                replaced(
+                    *seam(diffusion_model), embedder, at_end, record=record, released=released, user_mask=mask, **kw
+                ),
             ):
                 pieces.append(apply_model(x, t, **c))
         return torch.cat(pieces)

@@ -11,6 +11,8 @@ from encoders import (
     make_flux2_clip,
     make_flux_clip,
     make_hunyuan_image_clip,
+    make_hunyuan_video_15_clip,
+    make_hunyuan_video_clip,
     make_klein_clip,
     make_qwen_image_clip,
     make_wan_clip,
@@ -226,6 +228,8 @@ TEMPLATES = {
     "z_image": make_z_image_clip,
     "flux2": make_flux2_clip,
     "flux2 klein": make_klein_clip,
+    "hunyuan_video": make_hunyuan_video_clip,
+    "hunyuan_video_15": make_hunyuan_video_15_clip,
 }
 WORDS = ["roof", "a house with a red roof, wow!!!", "naïve café 屋根 🏠", "(roof:1.3) and (door)", "word " * 120]
 
@@ -240,9 +244,14 @@ def clip_of():
 def test_template_is_no_part_of_the_negative(pack, clip_of, name, words):
     """The kept embeddings are those of the words alone, where the whole template was encoded."""
     clip = clip_of(name)
-    key, tokens = next(iter(clip.tokenize(words).items()))
+    if name == "hunyuan_video":  # the one in whose template weights count
+        words = words.replace("(roof:1.3)", "roof").replace("(door)", "door")
+    if name == "hunyuan_video_15":  # whose empty prompt is a blank: one at the end counts as the template's
+        words = words.rstrip()
+    key, tokens = next((k, v) for k, v in clip.tokenize(words).items() if k != "l")
     tokenizer = getattr(clip.tokenizer, key)
-    ids, own = [t[0] for t in tokens[0]], tokenizer.tokenizer(words)["input_ids"]
+    start_token = [tokenizer.start_token] if tokenizer.start_token is not None else []
+    ids, own = [t[0] for t in tokens[0]], tokenizer.tokenizer(words)["input_ids"][len(start_token) :]
     at = [i for i in range(len(ids)) if ids[i : i + len(own)] == own]
     assert len(at) == 1
     whole = clip.encode_from_tokens(clip.tokenize(words))

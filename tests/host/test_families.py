@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import comfy.clip_vision
 import pytest
 import torch
 from helpers import (
@@ -9,6 +10,7 @@ from helpers import (
     load_chroma,
     load_flux,
     load_flux2,
+    load_hunyuan_video,
     load_qwen_image,
     load_sd3,
     load_wan,
@@ -75,10 +77,20 @@ def padded(*hidden, length=13):
     return {"attention_mask": mask}
 
 
+def seen_image(tokens):
+    """What CLIP vision makes of an image."""
+    output = comfy.clip_vision.Output()
+    output["last_hidden_state"] = text(tokens, 9, 1152)
+    return output
+
+
 FLUX_BLOCKS = ("double", "single")
 STILL = ((1, 16, 24), (1, 15, 21))
 PIXELS = {"sizes": ((64, 96), (60, 84)), "channels": 3, "patch": 16, "blocks": FLUX_BLOCKS, "rounding": 5e-6}
 FLUX2 = {"sizes": ((8, 12), (7, 11)), "channels": 128, "patch": 1, "blocks": FLUX_BLOCKS, "filled_in_front": 512}
+CLIPS = ((3, 6, 10), (2, 6, 14))
+HUNYUAN = {"pooled": 768, "blocks": FLUX_BLOCKS}
+"""No odd side: ComfyUI's own model cannot put its patches together then."""
 CASES = {
     "sd3": Case(load_sd3, pooled=2048),
     "sd3.5 medium": Case(lambda: load_sd3(self_attn_layers=(0, 1)), pooled=2048),
@@ -101,11 +113,24 @@ CASES = {
         lambda: load_flux2(guidance=False), **FLUX2, options={"reference_latents": [reference(5, 6, channels=128)]}
     ),
     "z-image": Case(load_z_image, filled_to=32),
+    "hunyuan": Case(load_hunyuan_video, CLIPS, **HUNYUAN),
+    "hunyuan 1.5": Case(
+        lambda: load_hunyuan_video("1.5"),
+        ((3, 5, 8), (2, 5, 7)),
+        channels=32,
+        patch=1,
+        blocks=FLUX_BLOCKS,
+        options={"conditioning_byt5small": text(6, 8, 1472), "clip_vision_output": seen_image(4)},
+    ),
 }
 ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 JOINT = pytest.mark.parametrize("case", [pytest.param(c, id=i) for i, c in CASES.items() if not c.cross])
 NEW = pytest.mark.parametrize(
     "case", [pytest.param(c, id=i) for i, c in CASES.items() if not i.startswith(("sd3", "flux", "kontext", "wan"))]
+)
+PICTURES = pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, id=i) for i, c in CASES.items() if not i.startswith(("sd3", "flux", "kontext", "wan", "hunyuan"))],
 )
 RUNS = pytest.mark.parametrize(("batch", "cfg"), [(1, 1.0), (2, 2.5)])
 
@@ -251,14 +276,15 @@ def test_mask(pack, model_of, case, batch, cfg):
     mask = inside.repeat_interleave(case.patch, 0).repeat_interleave(case.patch, 1)[None]
     for affect in {True, not case.references()}:
         rest = torch.full((case.references(),), float(affect))
-        keep = torch.cat([inside.reshape(-1), rest])[:, None].expand(-1, 5)
+        picture = inside.flatten().repeat(case.tokens() // inside.numel())
+        keep = torch.cat([picture, rest])[:, None].expand(-1, 5)
         oracle, _ = oracle_model(model, case.expect(positive, keep=keep))
         with_n = pack.negative(positive, negative=[[text(5, 5, case.width), {}]], mask=mask)
         result = case.run(pack.patch(model, affect_references=affect), with_n, batch=batch, cfg=cfg)
         assert relative(result, case.run(oracle, positive, batch=batch, cfg=cfg)) <= 1e-5
 
 
-@NEW
+@PICTURES
 def test_each_picture_of_a_batch_its_own_mask(pack, model_of, case):
     masks = torch.zeros(2, 32, 32)
     masks[1] = 1
@@ -299,3 +325,45 @@ def test_encoder_and_width_are_checked(pack, model_of, case):
     object.__setattr__(made[0][1]["vsf_negatives"][0], "encoder", "sd3")
     with pytest.raises(ValueError, match='of type "sd3", but this model'):
         case.run(pack.patch(model_of(case)), made)
+
+
+# -- HunyuanVideo ------------------------------------------------------------------------------------------------------
+
+ONE_AT_A_TIME = {
+    "padding": Case(lambda: load_hunyuan_video("i2v"), CLIPS, **HUNYUAN, options=padded(11, 12)),
+    "reference": Case(load_hunyuan_video, CLIPS, **HUNYUAN, options={"ref_latent": reference(1, 6, 8)}),
+}
+
+
+@pytest.mark.parametrize("case", ONE_AT_A_TIME.values(), ids=ONE_AT_A_TIME)
+def test_hunyuan_video_of_what_it_takes_one_at_a_time(pack, case):
+    """ComfyUI's own model fails on two pictures at once when their text is padded, or with a reference."""
+    model, positive, seen = case.load(), case.prompt(), {"affect_references": False}
+    stock, with_n = case.run(model, positive), attached(pack, case)
+    for mask in (None, torch.zeros(1, 32, 32)):
+        inside = torch.full((case.tokens(),), float(mask is None))
+        keep = torch.cat([torch.zeros(12 if "ref_latent" in case.options else 0), inside])[:, None].expand(-1, 5)
+        masked = pack.negative(positive, negative=[[text(5, 5, case.width), {}]], mask=mask)
+        oracle, record = oracle_model(model, case.expect(positive, keep=keep))
+        result, expected = case.run(pack.patch(model, **seen), masked), case.run(oracle, positive)
+        assert record.joint > 0 and relative(result, expected) <= 1e-5
+        assert relative(expected, stock) > 1e-3 if mask is None else relative(expected, stock) <= 1e-5
+    assert relative(case.run(pack.patch(model, offset=60.0), with_n), stock) <= 1e-6
+    assert torch.equal(case.run(pack.patch(model), positive), stock)
+
+
+def test_hunyuan_video_refines_a_short_negative_beside_a_long_one(pack, model_of):
+    """It is padded there; the refiner's mean and its attention must not see that."""
+    case = CASES["hunyuan"]
+    one, other = case.prompt(), case.prompt(seed=2)
+    both = attached(pack, case, 3) + attached(pack, case, 11, 6, positive=other)
+    expects = [*case.expect(one, 3), Expect(other[0][0], text(11, 6, case.width), 3.3, 0.2)]
+    expected = case.run(oracle_model(model_of(case), expects)[0], one + other)
+    assert relative(case.run(pack.patch(model_of(case)), both), expected) <= 1e-5
+
+
+def test_hunyuan_video_with_a_guiding_frame(pack, model_of):
+    case = CASES["hunyuan"]
+    guided = [[t, {**o, "guiding_frame_index": 0}] for t, o in attached(pack, case)]
+    with pytest.raises(ValueError, match="guiding frame .* is not supported"):
+        case.run(pack.patch(model_of(case)), guided)

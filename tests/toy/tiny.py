@@ -174,6 +174,26 @@ def z_image(seed: int = 0, layers: int = 3) -> StateDict:
     return randomize(NextDiT(**config, **Z_IMAGE, operations=torch.nn, dtype=torch.float32).state_dict(), seed)
 
 
+def hunyuan_video(kind: str = "t2v", seed: int = 0) -> StateDict:
+    """A HunyuanVideo-format model of random weights, as ``hunyuan_video_model`` builds it."""
+    return randomize(hunyuan_video_model(kind).state_dict(), seed)
+
+
+def hunyuan_video_model(kind: str) -> torch.nn.Module:
+    """ComfyUI's class of HunyuanVideo (t2v, or i2v, which takes more channels), or of 1.5."""
+    from comfy.ldm.hunyuan_video.model import HunyuanVideo
+
+    is_new = kind == "1.5"
+    return HunyuanVideo(
+        **{"in_channels": {"t2v": 16, "i2v": 33, "1.5": 65}[kind], "out_channels": 32 if is_new else 16},
+        **{"patch_size": [1, 1, 1] if is_new else [1, 2, 2], "vec_in_dim": None if is_new else 768},
+        **{"vision_in_dim": 1152 if is_new else None, "byt5": is_new, "use_cond_type_embedding": is_new},
+        **{"meanflow": False, "meanflow_sum": is_new, "guidance_embed": not is_new, "context_in_dim": 64},
+        **{"hidden_size": 256, "num_heads": 2, "mlp_ratio": 4.0, "depth": 2, "depth_single_blocks": 2},
+        **{"axes_dim": [16, 56, 56], "theta": 256, "qkv_bias": True, "operations": torch.nn, "dtype": torch.float32},
+    )
+
+
 def wan(kind: str = "t2v", seed: int = 0, **config) -> StateDict:
     """A Wan-format model of random weights, as ``wan_model`` builds it."""
     return randomize(wan_model(kind, **config).state_dict(), seed)

@@ -1,0 +1,41 @@
+"""HunyuanVideo: Flux's blocks over [text, video], all text at position 0. Before them, text tokens see one another and
+their mean, so N goes there by itself; in 1.5, text of other encoders then stands in front."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..blocks import Block
+from .flux import Flux
+
+
+class HunyuanVideo(Flux):
+    title = "HunyuanVideo (text and image to video)"
+    model_classes = frozenset(f"comfy.model_base.HunyuanVideo{kind}" for kind in ("", "I2V", "SkyreelsI2V"))
+    encoders = frozenset({"hunyuan_video"})
+    released = None
+    refiner = "txt_in"
+
+    def reference_tokens(self, conds: Mapping[str, Any], diffusion_model: Any) -> tuple[int, int]:
+        if conds.get("guiding_frame_index") is not None:
+            raise ValueError(
+                "VSF: HunyuanVideo with a guiding frame (guidance type v2 of its image to video) is not supported: "
+                "ComfyUI counts that frame's tokens from the text's first one. Choose guidance type v1, or remove VSF "
+                "Model Patch."
+            )
+        return 0 if conds.get("ref_latent") is None else self.grid(conds["ref_latent"]), 0
+
+
+class HunyuanVideo15(HunyuanVideo):
+    title = "HunyuanVideo 1.5"
+    model_classes = frozenset(f"comfy.model_base.HunyuanVideo15{kind}" for kind in ("", "_SR_Distilled"))
+    encoders = frozenset({"hunyuan_video_15"})
+    patch_size = 1
+
+    def arguments(self, block: Block, args: dict, negative: int, text: int) -> dict:
+        if block != ("double", 0):  # what this one returns goes on to the others
+            return args
+        front = args["txt"].shape[1] - text
+        others, n, rest = args["txt"].split([front, negative, text - negative], dim=1)
+        return {**args, "txt": torch.cat([n, others, rest], dim=1)}

@@ -61,7 +61,7 @@ def load_flux2(**kw):
 
 def load_chroma(**kw):
     """A tiny random Chroma, or Chroma Radiance."""
-    return load_sized(tiny.chroma(**kw), tiny.CHROMA)
+    return load_sized(tiny.chroma(**kw), tiny.CHROMA | (tiny.NERF if kw.get("radiance") else {}))
 
 
 def load_qwen_image(**kw):

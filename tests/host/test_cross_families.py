@@ -182,7 +182,6 @@ def both(pack, family, model, n=5, positive=None, alpha=1.9, beta=0.2, patch=(),
     return result, expected
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("size", "n", "batch", "cfg"),
     [(0, 1, 1, 1.0), (0, 5, 2, 2.5), (1, 40, 2, 1.0), (1, 1, 2, 2.5), (2, 5, 1, 2.5)],
@@ -206,8 +205,7 @@ def tokens_on_each_grid(family, size):
     return [frames * math.ceil(size[-2] / p) * math.ceil(size[-1] / p) for p in family.patches]
 
 
-@pytest.mark.parametrize("cfg", [1.0, 2.5])
-@pytest.mark.parametrize("grid", [0, -1])
+@pytest.mark.parametrize(("grid", "cfg"), [(0, 1.0), (-1, 2.5)])
 def test_as_many_image_tokens_as_text_tokens(pack, family, model, grid, cfg):
     """Self-attention must pass through untouched."""
     size = (*family.sizes[0][:-2], 8, 16)
@@ -265,8 +263,7 @@ def kept(family, size, cells, n):
     return rows if len(family.patches) > 1 else rows.popitem()[1]
 
 
-@pytest.mark.parametrize("cfg", [1.0, 2.5])
-@pytest.mark.parametrize("size", [0, 1], ids=["even", "odd"])
+@pytest.mark.parametrize(("size", "cfg"), [(0, 1.0), (1, 2.5)], ids=["even", "odd, cfg"])
 def test_mask(pack, family, model, size, cfg):
     size = family.sizes[size]
     cells, pixels = region(size)
@@ -329,7 +326,6 @@ def test_isolation(pack, family, model, cfg):
     assert all(relative(result, stock) <= 1e-6 for result in results)
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
 def test_off(pack, family, model, cfg):
     stock = run(family, model, family.prompt(), cfg=cfg)
@@ -348,8 +344,7 @@ def test_off(pack, family, model, cfg):
     assert torch.equal(run(family, model, family.prompt(), cfg=cfg), stock)
 
 
-@pytest.mark.parametrize("cfg", [1.0, 2.5])
-@pytest.mark.parametrize("lengths", [(8, 16), (16, 8), (6, 9)])
+@pytest.mark.parametrize(("lengths", "cfg"), [((8, 16), 2.5), ((16, 8), 1.0), ((6, 9), 2.5)])
 def test_prompts_of_different_lengths(pack, family, model, lengths, cfg):
     """ComfyUI repeats a shorter prompt of a UNet to the length of the other, to let both share a batch."""
     positive, other = family.prompt(lengths[0]), family.prompt(lengths[1], seed=99)
@@ -456,7 +451,6 @@ def attached_of(pack, clip, words, **kw):
     return pack.negative(conditioning(), clip=clip, text=words, **kw)[0][1]["vsf_negatives"][-1]
 
 
-@pytest.mark.smoke
 def test_from_text_to_picture(pack, name, family, model, clip):
     """The encoder's negative is one that the model takes."""
     attached = pack.negative(family.prompt(), clip=clip, text="a red roof")

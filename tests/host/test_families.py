@@ -86,7 +86,7 @@ def seen_image(tokens):
 
 FLUX_BLOCKS = ("double", "single")
 STILL = ((1, 16, 24), (1, 15, 21))
-PIXELS = {"sizes": ((64, 96), (60, 84)), "channels": 3, "patch": 16, "blocks": FLUX_BLOCKS, "rounding": 5e-6}
+PIXELS = {"sizes": ((48, 64), (44, 60)), "channels": 3, "patch": 16, "blocks": FLUX_BLOCKS, "rounding": 3e-6}
 FLUX2 = {"sizes": ((8, 12), (7, 11)), "channels": 128, "patch": 1, "blocks": FLUX_BLOCKS, "filled_in_front": 512}
 CLIPS = ((3, 6, 10), (2, 6, 14))
 HUNYUAN = {"pooled": 768, "blocks": FLUX_BLOCKS}

@@ -113,6 +113,21 @@ def test_empty_mask(pack):
         pack.negative(conditioning(), negative=conditioning(), mask=torch.zeros(1, 0, 8))
 
 
+def test_mask_of_nan(pack):
+    mask = torch.ones(1, 8, 8)
+    mask[0, 3, 3] = float("nan")
+    with pytest.raises(ValueError, match="mask has values that are NaN"):
+        pack.negative(conditioning(), negative=conditioning(), mask=mask)
+
+
+def test_mask_beyond_its_range(pack, model):
+    """Below 0 is 0 and above 1 is 1, as ComfyUI's own nodes take masks."""
+    mask = torch.linspace(-3, 4, 64).reshape(1, 8, 8)
+    made = [pack.negative(conditioning(), negative=[[text(4, 5), {}]], mask=m) for m in (mask, mask.clamp(0, 1))]
+    beyond, within = (sample(pack.patch(model), attached) for attached in made)
+    assert torch.equal(beyond, within)
+
+
 def messages(caplog):
     return [r.getMessage() for r in caplog.records if "VSF:" in r.getMessage()]
 

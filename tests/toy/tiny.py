@@ -116,6 +116,8 @@ def flux2(seed: int = 0, guidance: bool = True, context: int = 64) -> StateDict:
 
 CHROMA = {"hidden_size": 256, "num_heads": 2, "hidden_dim": 64, "out_dim": 256, "n_layers": 2}
 """Sizes that ComfyUI's loader takes for granted, as a tiny model has them."""
+NERF = {"nerf_hidden_size": 16, "nerf_depth": 2}
+"""The same of Radiance's head, whose weights a network of the square of its size makes for each token."""
 
 
 def chroma(seed: int = 0, radiance: str | None = None) -> StateDict:
@@ -133,8 +135,8 @@ def chroma(seed: int = 0, radiance: str | None = None) -> StateDict:
     if radiance is None:
         return randomize(comfy.ldm.chroma.model.Chroma(**config).state_dict(), seed)
     pixels = {
-        **{"in_channels": 3, "out_channels": 3, "patch_size": 16, "nerf_hidden_size": 64, "nerf_mlp_ratio": 4},
-        **{"nerf_depth": 4, "nerf_max_freqs": 8, "nerf_tile_size": 512, "nerf_final_head_type": "conv"},
+        **{"in_channels": 3, "out_channels": 3, "patch_size": 16, **NERF, "nerf_mlp_ratio": 4},
+        **{"nerf_max_freqs": 8, "nerf_tile_size": 512, "nerf_final_head_type": "conv"},
         **{"nerf_embedder_dtype": torch.float32, "use_x0": False},
     }
     if "use_sequential_txt_ids" in comfy.ldm.chroma_radiance.model.ChromaRadianceParams.__dataclass_fields__:

@@ -29,6 +29,9 @@ class Segment:
     """Its tokens are words inside a fixed template, of whose beginning the encoder's output may lack something."""
     words_only: bool = False
     """Start and end tokens are not kept either."""
+    led: bool = False
+    """Padded on the left, which the encoder leaves out; the start token leads the words through what the model makes of
+    them, and is not kept after that."""
 
     def present(self, clip: Any) -> dict[str, Any]:
         """Key in the token dict -> tokenizer, of the encoders that are loaded."""
@@ -126,6 +129,12 @@ ENCODERS = (
         (Segment("Qwen3", {"qwen3_06b": "qwen3_06b"}, causal=True),),
     ),
     Encoder("ltxv", "LTX-Video (CLIPLoader of type ltxv)", "MochiT5XXL", (_T5,)),
+    Encoder(
+        "ltxav",
+        "LTX-2 (LTXAVTextEncoderLoader)",
+        "LTXAVTEModel",
+        (Segment("Gemma", {"gemma3_12b": "gemma3_12b"}, causal=True, led=True),),
+    ),
     Encoder("sd1", "Stable Diffusion 1.5 (its checkpoint's CLIP)", "SD1ClipModel", _clip_words({"l": "clip_l"})),
     Encoder("sd2", "Stable Diffusion 2.1 (its checkpoint's CLIP)", "SD2ClipModel", _clip_words({"h": "clip_h"})),
     Encoder(
@@ -147,13 +156,13 @@ class EncodedPrompt:
     encoder: str
     words: dict[str, list[str]]
     during: tuple[float, float] | None
-    extra: dict[str, Tensor]
+    extra: dict[str, Any]
 
     @property
     def count(self) -> int:
         """How many tokens the model will see."""
-        ids = self.extra.get("t5xxl_ids")
-        return self.tokens.shape[1] if ids is None else len(ids)
+        ids, start = self.extra.get("t5xxl_ids"), self.extra.get("unprocessed_ltxav_embeds", False)
+        return self.tokens.shape[1] - start if ids is None else len(ids)
 
 
 @dataclass(frozen=True)
@@ -175,7 +184,7 @@ class Encoding:
     parts: list[Part]
     pooled: Tensor | None
     during: tuple[float, float] | None
-    extra: dict[str, Tensor]
+    extra: dict[str, Any]
 
 
 def encode_negative(clip: Any, text: str, extrapolation: float = 0.0) -> list[EncodedPrompt]:
@@ -245,6 +254,8 @@ def _encodings(clip: Any, encoder: Encoder, tokens: dict, *, trim: bool) -> list
                 of_keys.append((sum(map(len, tokens[key])), words.stop))
                 positions |= set(range(words.start, words.stop))
                 continue
+            if segment.led:
+                last = last[_same([t[0] for t in last], [tokenizer.pad_token] * len(last)) :]
             end = tokenizer.end_token if tokenizer.end_token is not None else tokenizer.pad_token
             content = content_length([t[0] for t in last], tokenizer.pad_token, end)
             before = sum(map(len, full))
@@ -258,6 +269,9 @@ def _encodings(clip: Any, encoder: Encoder, tokens: dict, *, trim: bool) -> list
         kept.append(sorted(position for position in positions if position < lengths[-1]))
     out = []
     for embedding, options in clip.encode_from_tokens_scheduled(tokens, show_pbar=False):
+        extra = extra_of(options)
+        if present[-1].led and not extra:  # led through already: the model's learned tokens follow
+            embedding, kept = embedding[:, : sum(lengths)], [kept[0][1:]]
         missing = sum(lengths) - embedding.shape[1]
         cut = missing if present[-1].template else 0  # what the encoder leaves out of the template's beginning
         if missing != cut or not 0 <= cut <= min(kept[-1], default=cut):
@@ -268,7 +282,7 @@ def _encodings(clip: Any, encoder: Encoder, tokens: dict, *, trim: bool) -> list
             )
         parts = embedding.split([length - cut for length in lengths], dim=1)
         parts = list(map(Part, present, parts, contents, [[p - cut for p in k if p >= cut] for k in kept]))
-        out.append(Encoding(parts, options.get("pooled_output"), scheduled_part(options), extra_of(options)))
+        out.append(Encoding(parts, options.get("pooled_output"), scheduled_part(options), extra))
     return out
 
 
@@ -302,9 +316,10 @@ def _word_positions(chunks: list, tokenizer: Any) -> set[int]:
     return found
 
 
-def extra_of(options: dict) -> dict[str, Tensor]:
-    """What a CONDITIONING entry's dict says of its text that the model will need to read it (Anima)."""
-    return {key: options[key] for key in ("t5xxl_ids", "t5xxl_weights") if options.get(key) is not None}
+def extra_of(options: dict) -> dict[str, Any]:
+    """What a CONDITIONING entry's dict says of its text that the model will need to read it (Anima, LTX-2)."""
+    keys = ("t5xxl_ids", "t5xxl_weights", "unprocessed_ltxav_embeds")
+    return {key: options[key] for key in keys if options.get(key) is not None}
 
 
 def scheduled_part(options: dict) -> tuple[float, float] | None:

@@ -51,6 +51,11 @@ def _spans(negatives: Sequence[Negative]) -> Iterator[tuple[Negative, slice]]:
         start += n.tokens.shape[1]
 
 
+def picture_of(latent: Tensor, shapes: Sequence[Sequence[int]] | None) -> Tensor:
+    """The picture's own part of a latent that ComfyUI has packed with others, of ``shapes``; LTX-2's has sound."""
+    return latent if shapes is None else comfy.utils.unpack_latents(latent, shapes)[0]
+
+
 def count_tokens(negatives: Sequence[Negative]) -> int:
     return sum(n.tokens.shape[1] for n in negatives)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..vsf_core import AttentionRecord
 from .families import family_of
-from .negative import negatives_of
+from .negative import negatives_of, picture_of
 from .seams import RECORD_KEY
 
 MapType = io.Custom("VSF_MAP")
@@ -57,8 +57,9 @@ class Holder:
         **kwargs: Any,
     ) -> Tensor:
         """The wrapper around a sampling run."""
-        guider, frames = executor.class_obj, noise.shape[2] if noise.ndim == 5 else 1
-        shape = (noise.shape[0], frames, noise.shape[-2], noise.shape[-1])
+        guider, picture = executor.class_obj, picture_of(noise, kwargs.get("latent_shapes"))
+        frames = picture.shape[2] if picture.ndim == 5 else 1
+        shape = (picture.shape[0], frames, picture.shape[-2], picture.shape[-1])
         self.record.begin(shape, len(sigmas) - 1, self.patch_size)
         self.prompt, self.picture = current_prompt(), None
         entries = [e for branch, entries in guider.conds.items() if branch != "negative" for e in entries]

@@ -23,7 +23,7 @@ def check_negatives(
     ``latent``: what will be sampled; ``dtype``: in which the model computes; ``mixes_pooled``: whether the layout mixes
     the negative's pooled embedding into the positive's.
     """
-    width = family.context_width(diffusion_model)
+    widths = family.negative_widths(diffusion_model)
     for negative in (n for entry in entries for n in negatives_of(entry)):
         if negative.encoder is not None and negative.encoder not in family.encoders:
             raise ValueError(
@@ -31,10 +31,11 @@ def check_negatives(
                 f"({family.title}) takes {' or '.join(sorted(family.encoders))}. Connect the CLIP that "
                 "encodes this model's positive prompt to VSF Negative Conditioning."
             )
-        if negative.tokens.shape[-1] != width:
+        if negative.tokens.shape[-1] not in widths:
             raise ValueError(
                 f"VSF: the negative's embedding is {negative.tokens.shape[-1]} wide, but this model "
-                f"({family.title}) takes {width}. Encode it with this model's own text encoder."
+                f"({family.title}) takes {' or '.join(map(str, sorted(widths)))}. Encode it with this model's own "
+                "text encoder."
             )
         if not torch.isfinite(negative.tokens.to(dtype)).all():
             raise ValueError(

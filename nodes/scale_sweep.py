@@ -3,6 +3,7 @@
 import math
 
 import comfy.patcher_extension
+from comfy.nested_tensor import NestedTensor
 from comfy_api.latest import io
 
 from .seams import SCALES_KEY, WRAPPER_KEY
@@ -43,6 +44,7 @@ class VSFScaleSweep(io.ComfyNode):
                 "VSF: VSF Scale Sweep needs a model that VSF Model Patch has patched. Put that node before it."
             )
         values, samples = _parsed(scales), latent["samples"]
+        packed = samples.is_nested  # LTX-2's latent: of video and of sound
         if samples.shape[0] != 1:
             raise ValueError(
                 f"VSF: VSF Scale Sweep takes the latent of one picture, got a batch of {samples.shape[0]}. Set the "
@@ -52,7 +54,8 @@ class VSFScaleSweep(io.ComfyNode):
         swept.model_options["transformer_options"][SCALES_KEY] = values
         # ComfyUI draws a picture's noise by its place in the batch, unless this says which place
         place = (latent.get("batch_index") or [0])[0]
-        repeated = samples.repeat(len(values), *(1,) * (samples.ndim - 1))
+        parts = [s.repeat(len(values), *(1,) * (s.ndim - 1)) for s in (samples.unbind() if packed else [samples])]
+        repeated = NestedTensor(parts) if packed else parts[0]
         copies = {**latent, "samples": repeated, "batch_index": [place] * len(values)}
         return io.NodeOutput(swept, copies, "\n".join(f"scale {value:g}" for value in values))
 

@@ -37,7 +37,7 @@ from .compiled import is_compiled, told_apart, unwrapped
 from .families import Family, Released
 from .host_attention import OVERRIDE, Backend, HostAttention, choose_backend
 from .host_check import changed_host
-from .negative import KEY, PREFIX, Negative, count_tokens, negatives_of, step_conds
+from .negative import KEY, PREFIX, Negative, count_tokens, negatives_of, picture_of, step_conds
 from .run_check import check_negatives
 
 log = logging.getLogger(__name__)
@@ -112,6 +112,8 @@ class Forward:
     backend: Backend
     text: int
     """Length of the whole text stream, N included."""
+    width: int | None
+    """Channels of the picture's attention over text; None where nothing else attends to it."""
     rows: Mapping[int, slice]
     """The rows of ``bias`` for each number of image tokens that blocks attend from; empty where there is but one."""
     reached: Tensor
@@ -244,6 +246,7 @@ class VSFPatch:
             sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
         except (AttributeError, KeyError, IndexError) as error:
             raise changed_host(f"the sampler hands its runs over without {error}") from error
+        latent = picture_of(noise, kwargs.get("latent_shapes"))
         longest = max((count_tokens(negatives_of(entry)) for _, entry in entries), default=0)
         if longest == 0:
             log.warning(
@@ -259,12 +262,12 @@ class VSFPatch:
         diffusion_model = unwrapped(guider.model_patcher.model.diffusion_model)
         patcher = guider.model_patcher  # which has not put its object patches in place yet
         dtype = patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
-        check_negatives(self.family, self._mixes_pooled(), [e for _, e in entries], diffusion_model, noise, dtype)
+        check_negatives(self.family, self._mixes_pooled(), [e for _, e in entries], diffusion_model, latent, dtype)
         counts = self.family.block_counts(diffusion_model)
         scales = options.get(SCALES_KEY, (self.settings.scale,))
-        if SCALES_KEY in options and len(scales) != noise.shape[0]:
+        if SCALES_KEY in options and len(scales) != latent.shape[0]:
             raise ValueError(
-                f"VSF: VSF Scale Sweep has {len(scales)} scales, but {noise.shape[0]} pictures are sampled. Connect "
+                f"VSF: VSF Scale Sweep has {len(scales)} scales, but {latent.shape[0]} pictures are sampled. Connect "
                 "its latent output to the sampler."
             )
         run = Run(
@@ -272,7 +275,7 @@ class VSFPatch:
             selected=parse_blocks(self.settings.blocks, counts),
             tokens=longest,
             scales=scales,
-            latent_frames=noise.shape[2] if noise.ndim == 5 else None,
+            latent_frames=latent.shape[2] if latent.ndim == 5 else None,
         )
         for _, entry in entries:
             entry["model_conds"] = {**entry["model_conds"], KEY: _Carried(negatives_of(entry))}
@@ -349,6 +352,8 @@ class VSFPatch:
         groups: list[tuple[Negative, ...]] = [entry["model_conds"].get(KEY, ()) for entry in entries]
         if not any(groups):
             return {}
+        shapes = entries[0]["model_conds"].get("latent_shapes")
+        x_in = picture_of(x_in, shapes and shapes.cond)
         window = _context_window(run, x_in, model_options)
         key = (tuple(map(id, groups)), x_in.shape, x_in.device, window)
         if key not in run.cache:  # groups are kept with the result, so that their ids stay theirs
@@ -381,12 +386,18 @@ class VSFPatch:
             lost = "the text (c_crossattn)" if c_crossattn is None else "this run's transformer_options"
             raise changed_host(f"the model was called without {lost}")
         run.applied = True
+        latent = picture_of(x, kwargs.get("latent_shapes"))
         diffusion_model = unwrapped(executor.class_obj.diffusion_model)
         compiled = is_compiled(executor.class_obj.diffusion_model, transformer_options)
+        if compiled and not self.family.compiles:
+            raise RuntimeError(
+                f"VSF: torch.compile breaks {self.family.title} into pieces, and graphs of these made with and without "
+                "VSF cannot be told apart. Remove the node that compiles the model."
+            )
         if compiled:
             ours = _lengthened(ours, -ours["tokens"].shape[1] % COMPILED_MULTIPLE)
         if self.family.cross or self.family.marker is None:
-            taken = self.family.other_keys(x, kwargs, diffusion_model)
+            taken = self.family.other_keys(latent, kwargs, diffusion_model)
             ours = _unmistakable(ours, c_crossattn.shape[1], taken, self.family.text_multiple(diffusion_model))
         dtype = executor.class_obj.get_dtype_inference()  # ComfyUI's own next step is this cast; here it halves a copy
         tokens = ours["tokens"].to(c_crossattn.device, dtype)
@@ -395,9 +406,11 @@ class VSFPatch:
         copy = [tokens] if self._released is not None and self._released.copy else []
         context = torch.cat([tokens, c_crossattn.to(dtype), *copy], dim=1)
         references = self.family.reference_tokens(kwargs, diffusion_model)
-        padding = self.family.image_padding(x, diffusion_model)
+        padding = self.family.image_padding(latent, diffusion_model)
         text = context.shape[1] + -context.shape[1] % self.family.text_multiple(diffusion_model)
-        forward = self._forward(run, ours, text, x, (*references, padding), backend, RECORD_KEY in transformer_options)
+        width = self.family.attention_width(diffusion_model)
+        others, recorded = (*references, padding), RECORD_KEY in transformer_options
+        forward = self._forward(run, ours, text, latent, others, backend, width, recorded)
         if kwargs.get("attention_mask") is not None:
             kwargs["attention_mask"] = _grown_mask(kwargs["attention_mask"], tokens.shape[1], c_crossattn.shape[1])
         if self._released is not None and self._released.pooled is not None and "pooled" in ours:
@@ -410,7 +423,7 @@ class VSFPatch:
             result = executor(x, t, c_concat, context, control, options, **kwargs)
         self._check_reached(run, forward, compiled)
         if forward.shares is not None:
-            self._hand_over(forward, forward.shares, x, references[0], transformer_options)
+            self._hand_over(forward, forward.shares, latent, references[0], transformer_options)
         return result
 
     @contextmanager
@@ -485,6 +498,7 @@ class VSFPatch:
         latent: Tensor,
         references: tuple[int, int, int],
         backend: Backend,
+        width: int | None,
         recorded: bool,
     ) -> Forward:
         bias, length = ours["bias"].float(), ours["tokens"].shape[1]
@@ -504,6 +518,7 @@ class VSFPatch:
             hidden=is_padding.expand(-1, length) if self._released is not None and ours["mixed"] else None,
             backend=backend,
             text=text,
+            width=width,
             rows=_rows(self.family.grids(latent)),
             reached=torch.zeros(3, len(run.blocks), dtype=torch.int32),
             shares=torch.zeros(shape, device=latent.device) if recorded else None,
@@ -739,11 +754,13 @@ def _cross_override(previous: Callable | None, func: Callable, *args: Any, **kwa
     q, k, v = host.split()
     n = forward.tokens
     positive, negative = (k[:, :, n:], v[:, :, n:]), (k[:, :, :n], v[:, :, :n])
+    mask = None if host.mask is None else host.mask[..., n:]
+    if forward.width not in (None, host.heads * q.shape[-1]):  # that of sound
+        return host.join(host.black_box(q, *positive, mask))
     place: Place | None = host.options.get(PLACE_KEY)
     if place is None:
         place = forward.place_outside(host.options)
     shared = (q, *positive, *negative, forward.alpha, forward.bias_for(place, host.queries))
-    mask = None if host.mask is None else host.mask[..., n:]
     attend = forward.backend.attention(host) if mask is None else None
     if not place.enter(forward.run, _path(forward.backend, host, attend)):
         out = host.black_box(q, *positive, mask)

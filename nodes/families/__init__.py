@@ -10,7 +10,7 @@ from .cosmos import Anima, Cosmos
 from .flux import Flux
 from .flux2 import Flux2
 from .hunyuan_video import HunyuanVideo, HunyuanVideo15
-from .ltx import LTXV
+from .ltx import LTXAV, LTXV
 from .qwen_image import QwenImage
 from .sd3 import SD3
 from .unet import UNet
@@ -25,6 +25,7 @@ FAMILIES: tuple[Family, ...] = (
     Cosmos(),
     Anima(),
     LTXV(),
+    LTXAV(),
     Chroma(),
     ChromaRadiance(),
     QwenImage(),

@@ -51,6 +51,8 @@ class Family(ABC):
     """Text is seen in cross-attention alone (Eq. 9): no duplication and no isolation are needed."""
     masked: bool = False
     """That attention may come with a mask, which hides the padding of P."""
+    compiles: bool = True
+    """Whether torch.compile takes the model in one graph; of pieces nobody could tell those with VSF."""
     marker: str | None = "dit"
     """How a block tells that it runs: "dit", through its entry in ``patches_replace``; "attn2", through an
     ``attn2_patch``; None where ComfyUI offers neither: then each block must show its attention over text."""
@@ -65,6 +67,15 @@ class Family(ABC):
     @abstractmethod
     def context_width(self, diffusion_model: Any) -> int:
         """Channels of the text embedding that the model takes."""
+
+    def negative_widths(self, diffusion_model: Any) -> frozenset[int]:
+        """Channels that a negative's embedding may have: others where ``embedded`` changes them."""
+        return frozenset({self.context_width(diffusion_model)})
+
+    def attention_width(self, diffusion_model: Any) -> int | None:
+        """Channels of all heads of the picture's attention over text, where something else attends to it, too; by these
+        it is told apart."""
+        return None
 
     @abstractmethod
     def head_dim(self, diffusion_model: Any) -> int:

@@ -70,8 +70,42 @@ def make_ltxv_clip():
 
 
 def make_wan_clip(folder):
-    """Wan's real tokenizer class over a sentencepiece model trained in ``folder`` on a few words."""
+    """Wan's real tokenizer class over a tiny sentencepiece model."""
     import comfy.text_encoders.wan as wan
+
+    data = {"spiece_model": sentencepiece_model(folder, pad_id=0, eos_id=1, unk_id=2, bos_id=-1)}
+    return randomized(ClipTarget(wan.WanT5Tokenizer, wan.te()), 4096, tokenizer_data=data)
+
+
+def make_ltxav_clip(folder, kind):
+    """The text encoder of LTX-2, 48 wide, or of 2.3: ComfyUI's classes of Gemma 3 and its tokenizer, whose vocabulary
+    comes with the weights; here that is a tiny sentencepiece model. The projection is ComfyUI's too, cut to size."""
+    import comfy.text_encoders.lt as lt
+
+    small = {**tiny_config(64), "num_key_value_heads": 1, "vocab_size": 256}
+    model = lt.ltxav_te(text_projection_type="dual_linear" if kind == "2.3" else "single_linear")
+    data = {"spiece_model": sentencepiece_model(folder, pad_id=0, eos_id=1, bos_id=2, unk_id=3)}
+    clip = comfy.sd.CLIP(
+        ClipTarget(lt.LTXAVGemmaTokenizer, model),
+        model_options={"_model_config": small},
+        parameters=1_000_000,
+        tokenizer_data=data,
+    )
+    read = (small["num_hidden_layers"] + 1) * small["hidden_size"]
+    clip.cond_stage_model.text_embedding_projection = (
+        lt.DualLinearProjection(read, 64, 32, operations=torch.nn)
+        if kind == "2.3"
+        else torch.nn.Linear(read, 48, bias=False)
+    )
+    g = torch.Generator().manual_seed(0)
+    for name, p in clip.cond_stage_model.named_parameters():
+        if "vision" not in name and "multi_modal" not in name:
+            p.data.copy_(torch.randn(p.shape, generator=g) * (p.shape[-1] ** -0.5 if p.ndim > 1 else 1.0))
+    return clip
+
+
+def sentencepiece_model(folder, **ids):
+    """The bytes of one trained in ``folder`` on a few words. ids: of its special tokens."""
     import sentencepiece
 
     words = "a red roof house tree sails boat without with and the of hands clock on " * 40
@@ -80,14 +114,10 @@ def make_wan_clip(folder):
         input=str(folder / "text.txt"),
         model_prefix=str(folder / "m"),
         vocab_size=60,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
         hard_vocab_limit=False,
+        **ids,
     )
-    data = {"spiece_model": torch.frombuffer(bytearray((folder / "m.model").read_bytes()), dtype=torch.uint8)}
-    return randomized(ClipTarget(wan.WanT5Tokenizer, wan.te()), 4096, tokenizer_data=data)
+    return torch.frombuffer(bytearray((folder / "m.model").read_bytes()), dtype=torch.uint8)
 
 
 def randomized(target, width, pooled=64, **kw):

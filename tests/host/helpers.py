@@ -1,10 +1,14 @@
 """Short names for what the host tests do over and over."""
 
+import json
+
 import comfy.model_detection
 import comfy.sample
 import comfy.sd
+import comfy.utils
 import tiny
 import torch
+from comfy.nested_tensor import NestedTensor
 from oracle import Expect, oracle_model
 
 
@@ -36,6 +40,12 @@ def load_cosmos(kind="cosmos", **kw):
 def load_ltxv(**kw):
     """A tiny random LTX-Video through ComfyUI's own loader."""
     return comfy.sd.load_diffusion_model_state_dict(tiny.ltxv(**kw))
+
+
+def load_ltxav(kind):
+    """A tiny random LTX-2, or 2.3, through ComfyUI's own loader, which reads the sizes in the file's metadata."""
+    metadata = {"config": json.dumps({"transformer": tiny.LTXAV[kind]})}
+    return comfy.sd.load_diffusion_model_state_dict(tiny.ltxav(kind), metadata=metadata)
 
 
 def load_sized(state, sizes):
@@ -102,15 +112,23 @@ def sample(
     channels=16,
     sampler="euler",
     seed=7,
+    sound=0,
     **kw,
 ):
-    """The final latent of a run through ComfyUI's sampler."""
+    """The final latent of a run through ComfyUI's sampler; ``sound``: how many tokens of it LTX-2 makes besides, all
+    in one then."""
     if negative is None:
         tokens, options = positive[0]
         negative = conditioning(seed=99, width=tokens.shape[2], pooled_width=options["pooled_output"].shape[1])
     latent = torch.zeros(batch, channels, *size)
     own = torch.Generator().manual_seed(seed)  # prepare_noise seeds torch's, which threads share
     noise = torch.randn(latent.shape, generator=own)
+    if sound:
+        heard = torch.zeros(batch, 8, sound, 16)
+        latent = NestedTensor((latent, heard))
+        noise = NestedTensor((noise, torch.randn(heard.shape, generator=own)))
+        made = comfy.sample.sample(model, noise, steps, cfg, sampler, "simple", positive, negative, latent, **kw)
+        return comfy.utils.pack_latents(made.unbind())[0]
     return comfy.sample.sample(model, noise, steps, cfg, sampler, "simple", positive, negative, latent, seed=seed, **kw)
 
 

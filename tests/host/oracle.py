@@ -329,13 +329,23 @@ def cosmos_cross_attention(model, n, expect, record):
 
 @contextlib.contextmanager
 def ltx_cross_attention(model, n, expect, record):
-    """While open, the attn2 layers of LTX-Video are Eq. 9 on [P, N], with the mask of P's padding."""
-    layers = {id(block.attn2): i for i, block in enumerate(model.model.diffusion_model.transformer_blocks)}
+    """While open, the attn2 layers of LTX-Video are Eq. 9 on [P, N], with the mask of P's padding; those of LTX-2's
+    sound are ComfyUI's, on P."""
+    blocks = model.model.diffusion_model.transformer_blocks
+    layers = {id(block.attn2): i for i, block in enumerate(blocks)}
+    layers |= {id(block.audio_attn2): None for block in blocks if hasattr(block, "audio_attn2")}
+    original = ltx.CrossAttention.forward
 
     def forward(self, index, x, context=None, mask=None, *args, **kw):
+        if index is None:
+            return original(self, x, context[:, :-n], mask if mask is None else mask[..., :-n], *args, **kw)
         record.joint += 1
         q, k, v = self.q_norm(self.to_q(x)), self.k_norm(self.to_k(context)), self.to_v(context)
-        return self.to_out(eq_9(q, k, v, self.heads, n, expect, index, record, mask=mask).to(x.dtype))
+        z = eq_9(q, k, v, self.heads, n, expect, index, record, mask=mask)
+        if self.to_gate_logits is not None:
+            gates = 2 * torch.sigmoid(self.to_gate_logits(x).double())
+            z = (z.unflatten(-1, (self.heads, -1)) * gates[..., None]).flatten(2)
+        return self.to_out(z.to(x.dtype))
 
     with layers_replaced(ltx.CrossAttention, layers, forward):
         yield

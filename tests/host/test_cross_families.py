@@ -1,148 +1,20 @@
-"""The families whose text is seen in cross-attention alone, whole models through the real sampler.
-
-One ``Family`` below is all that a further one needs.
-"""
+"""The families whose text is seen in cross-attention alone (``cross.py``), whole models through the real sampler."""
 
 import logging
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
 
 import pytest
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
-from encoders import make_cosmos_clip, make_ltxv_clip, make_unet_clip
-from helpers import conditioning, load_cosmos, load_ltxv, load_unet, relative, sample, spy_override, text, with_override
+from cross import FAMILIES, attached_of, both, cached_clip, loaded, oracle_of, run
+from helpers import (
+    conditioning,
+    relative,
+    spy_override,
+    with_override,
+)
 from oracle import Expect, oracle_model
-
-
-@dataclass(frozen=True)
-class Family:
-    load: Callable
-    clip: Callable
-    width: int
-    """Of the text's embedding."""
-    pooled: int
-    channels: int
-    sizes: Sequence[tuple[int, ...]]
-    """Latent sizes: an even one first, then odd ones."""
-    layers: int
-    """Attentions over text in one forward pass."""
-    blocks: dict[str, set[int]]
-    """Some choices of ``blocks``, and which they are, counting blocks with text."""
-    bad_blocks: dict[str, str]
-    """Some that are wrong, and what the error says of the right ones."""
-    patches: Sequence[int] = (2,)
-    """Latent pixels along a side of an image token, for each grid that the model has."""
-    options: dict = field(default_factory=dict)
-    """What a prompt has besides its embedding."""
-    length: int | None = None
-    """Of the text as the model sees it, where that is always the same."""
-
-    def prompt(self, length=13, seed=1):
-        """A CONDITIONING whose text has so many tokens."""
-        return conditioning(length, seed, self.width, self.pooled, **self.options)
-
-    def negative(self, n, seed=5, gain=1.0):
-        """One of which n tokens will be seen."""
-        return [[text(n, seed, self.width) * gain, {}]]
-
-    def seen(self, model, prompt):
-        """A CONDITIONING's text as the model's blocks see it, without padding of the model's own."""
-        return prompt[0][0]
-
-
-@dataclass(frozen=True)
-class Anima(Family):
-    """Its adapter reads the encoder's tokens for each T5 token, and fills up with zeros."""
-
-    def prompt(self, length=13, seed=1):
-        return self.with_t5(super().prompt(length + 3, seed), length, seed)
-
-    def negative(self, n, seed=5, gain=1.0):
-        return self.with_t5(super().negative(n + 2, seed, gain), n, seed)
-
-    def with_t5(self, given, length, seed):
-        g = torch.Generator().manual_seed(seed)
-        ids, weights = torch.randint(3, 32000, (length,), generator=g), 0.5 + torch.rand(length, generator=g)
-        return [[given[0][0], {**given[0][1], "t5xxl_ids": ids.int(), "t5xxl_weights": weights}]]
-
-    def seen(self, model, prompt):
-        cond, options = prompt[0]
-        with torch.inference_mode():
-            made = model.model.diffusion_model.preprocess_text_embeds(
-                cond, options["t5xxl_ids"][None], options["t5xxl_weights"][None, :, None]
-            )
-        return made if "pooled_output" in options else made[:, : len(options["t5xxl_ids"])]
-
-
-@dataclass(frozen=True)
-class Padded(Family):
-    """Its encoder says which of the prompt's tokens are padding; here, the last four."""
-
-    def prompt(self, length=13, seed=1):
-        ((cond, options),) = super().prompt(length, seed)
-        return [[cond, {**options, "attention_mask": torch.tensor([[1] * (length - 4) + [0] * 4])}]]
-
-
-SIZES_2D = ((8, 12), (7, 11), (1, 9))
-SIZES_3D = ((3, 8, 10), (2, 7, 9), (1, 8, 12))
-COSMOS = {
-    **{"width": 1024, "pooled": 8, "channels": 16, "sizes": SIZES_3D, "layers": 10},
-    "blocks": {"double:3": {3}, "double:-1,double:8-": {0, 1, 8, 9}, "all": set(range(10))},
-    "bad_blocks": {"double:10": "double:0-9", "single": "double:0-9"},
-}
-LTXV = {
-    **{"load": load_ltxv, "clip": make_ltxv_clip, "width": 4096, "pooled": 8, "channels": 128, "layers": 3},
-    **{"sizes": ((3, 4, 5), (2, 3, 7), (1, 5, 9)), "patches": (1,)},
-    "blocks": {"double:1": {1}, "double:0,double:2-": {0, 2}, "all": {0, 1, 2}},
-    "bad_blocks": {"double:3": "double:0-2"},
-}
-UNET = {"channels": 4, "sizes": SIZES_2D, "patches": (1, 2, 4)}
-
-FAMILIES = {
-    "sd1": Family(
-        load=lambda: load_unet("sd1"),
-        clip=lambda: make_unet_clip("sd1"),
-        width=768,
-        pooled=768,
-        layers=7,
-        blocks={"input:1": {0}, "input:2-3,middle": {1, 2}, "output": {3, 4, 5, 6}},
-        bad_blocks={"input:0": "input:1-1, input:3-3, middle:0-0, output:2-5", "double": "input:1-1"},
-        **UNET,
-    ),
-    "sd2": Family(
-        load=lambda: load_unet("sd2"),
-        clip=lambda: make_unet_clip("sd2"),
-        width=1024,
-        pooled=1024,
-        layers=7,
-        blocks={"middle,output:5": {2, 6}},
-        bad_blocks={"output:6": "output:2-5"},
-        **UNET,
-    ),
-    "sdxl": Family(
-        load=lambda: load_unet("sdxl"),
-        clip=lambda: make_unet_clip("sdxl"),
-        width=2048,
-        pooled=1280,
-        layers=2 + 5 + 1 + 2 + 1 + 1 + 2,
-        blocks={"input:-4": {0}, "input:5,output:1-2": {1, 4, 5}, "all": set(range(7))},
-        bad_blocks={"input:4": "input:3-3, input:5-5, middle:0-0, output:0-3", "input:0-9": "input:3-3"},
-        **UNET,
-    ),
-    "ltxv": Padded(**LTXV),
-    "cosmos": Family(load=lambda: load_cosmos("cosmos"), clip=lambda: make_cosmos_clip("cosmos"), **COSMOS),
-    "anima": Anima(load=lambda: load_cosmos("anima"), clip=lambda: make_cosmos_clip("anima"), length=512, **COSMOS),
-}
-
-
-@lru_cache(maxsize=1)
-def loaded(name):
-    """One at a time: some are narrow rather than tiny."""
-    return FAMILIES[name].load()
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -158,28 +30,6 @@ def family(name):
 @pytest.fixture
 def model(name):
     return loaded(name)
-
-
-def run(family, model, positive, negative=None, **kw):
-    kw = {"size": family.sizes[0], "channels": family.channels, "steps": 2, **kw}
-    with torch.inference_mode():  # as ComfyUI does
-        return sample(model, positive, negative or family.prompt(seed=99), **kw)
-
-
-def oracle_of(family, model, positive, negative, alpha=3.3, beta=0.2, **expect):
-    seen = (family.seen(model, prompt) for prompt in (positive, negative))
-    return oracle_model(model, [Expect(*seen, alpha, beta, **expect)])
-
-
-def both(pack, family, model, n=5, positive=None, alpha=1.9, beta=0.2, patch=(), node=(), expect=(), **kw):
-    """The latents of a patched run and of the oracle's."""
-    positive, negative = positive or family.prompt(), family.negative(n)
-    attached = pack.negative(positive, negative=negative, **dict(node))
-    oracle, record = oracle_of(family, model, positive, negative, alpha, beta, **dict(expect))
-    result = run(family, pack.patch(model, scale=alpha, offset=beta, **dict(patch)), attached, **kw)
-    expected = run(family, oracle, positive, **kw)
-    assert record.joint > 0 and record.joint % family.layers == 0
-    return result, expected
 
 
 @pytest.mark.parametrize(
@@ -211,7 +61,7 @@ def test_as_many_image_tokens_as_text_tokens(pack, family, model, grid, cfg):
     size = (*family.sizes[0][:-2], 8, 16)
     length, n = tokens_on_each_grid(family, size)[grid] - 5, 5
     if family.length is not None:
-        size = (1, 44, 48)
+        size = family.crowded
         length, n = 13, tokens_on_each_grid(family, size)[grid] - family.length
     result, expected = both(pack, family, model, positive=family.prompt(length), n=n, size=size, cfg=cfg)
     assert relative(result, expected) <= 1e-5
@@ -405,6 +255,8 @@ def test_a_block_that_computes_its_attention_past_comfyui_fails_loudly(pack, nam
 
 def test_compiled_whole(request, pack, name, family, model):
     """ComfyUI's TorchCompileModel: no graph break, and no graph of stock or of another negative is mistaken."""
+    if name.startswith("ltx2"):
+        pytest.skip("refused: test_ltx2.py")
     if name != "ltxv" and not request.config.getoption("--long"):
         pytest.skip("half a minute each; --long runs it")
     torch._dynamo.reset()
@@ -437,18 +289,9 @@ def test_compiled_whole(request, pack, name, family, model):
 WORDS = {"a red roof": ["a", "red", "roof"], "roof": ["roof"]}
 
 
-@lru_cache(maxsize=1)
-def cached_clip(name):
-    return FAMILIES[name].clip()
-
-
 @pytest.fixture
 def clip(name):
     return cached_clip(name)
-
-
-def attached_of(pack, clip, words, **kw):
-    return pack.negative(conditioning(), clip=clip, text=words, **kw)[0][1]["vsf_negatives"][-1]
 
 
 def test_from_text_to_picture(pack, name, family, model, clip):
@@ -467,7 +310,7 @@ def test_cosmos_keeps_its_own_tokens(pack, words):
     made, padded = attached_of(pack, clip, words), clip.encode_from_tokens(clip.tokenize(words))
     n = len(clip.tokenizer.clip_t5xxl.tokenizer(words)["input_ids"])
     assert padded.shape[1] == 512 and made.tokens.shape[1] == n and made.encoder == "cosmos"
-    assert relative(made.tokens, padded[:, :n]) < 1e-5
+    assert relative(made.tokens, padded[:, :n]) < 1e-4
 
 
 @pytest.mark.parametrize("words", [*WORDS, "naïve café 屋根 🏠"])
@@ -477,7 +320,7 @@ def test_ltxv_keeps_its_own_tokens(pack, words):
     made, padded = attached_of(pack, clip, words), clip.encode_from_tokens(clip.tokenize(words))
     n = len(clip.tokenizer.clip_t5xxl.tokenizer(words)["input_ids"])
     assert padded.shape[1] == 128 and made.tokens.shape[1] == n and made.encoder == "ltxv"
-    assert relative(made.tokens, padded[:, :n]) < 1e-5
+    assert relative(made.tokens, padded[:, :n]) < 1e-4
 
 
 @pytest.mark.parametrize("words", [*WORDS, "naïve café 屋根 🏠", "(roof:1.3) and (door)"])

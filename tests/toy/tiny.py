@@ -321,6 +321,32 @@ def ltxv_model() -> torch.nn.Module:
     )
 
 
+_LTXAV = {
+    **{"in_channels": 128, "num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 16},
+    **{"cross_attention_dim": 64, "audio_num_attention_heads": 4, "audio_attention_head_dim": 8},
+    **{"audio_cross_attention_dim": 32, "connector_num_layers": 1, "connector_attention_head_dim": 16},
+    "rope_type": "split",
+}
+LTXAV: dict[str, dict] = {
+    "2": {**_LTXAV, "caption_channels": 48, "connector_num_attention_heads": 3},
+    "2.3": {
+        **_LTXAV,
+        **{"caption_channels": 64, "connector_num_attention_heads": 4, "audio_connector_attention_head_dim": 8},
+        **{"caption_proj_before_connector": True, "caption_projection_first_linear": False},
+        **{"cross_attention_adaln": True, "apply_gated_attention": True, "connector_apply_gated_attention": True},
+    },
+}
+"""What the file of an LTX-2, or of a 2.3, says of the model's sizes."""
+
+
+def ltxav(kind: str, seed: int = 0) -> StateDict:
+    """An LTX-2-format model of random weights."""
+    from comfy.ldm.lightricks.av_model import LTXAVModel
+
+    model = LTXAVModel(**LTXAV[kind], operations=torch.nn, dtype=torch.float32)
+    return randomize(model.state_dict(), seed)
+
+
 def clip_l(seed: int = 0) -> StateDict:
     """A full-size CLIP-L (what the stock CLIPLoader recognises) whose layers pass their input on."""
     from comfy.clip_model import CLIPTextModel

@@ -165,6 +165,12 @@ class Forward:
         """Whether the image sees N1 in this block."""
         return block in self.run.selected and (self.released is None or block[0] in self.released.kinds)
 
+    def real_tokens(self) -> Tensor:
+        """int [B or 1]: how many of N's tokens are no padding."""
+        if self.padding is None:
+            return torch.full((1,), self.tokens, device=self.bias.device)
+        return (~self.padding).sum(dim=1)
+
     def signature(self) -> str:
         """All that a graph compiled for this pass takes for granted and torch.compile does not guard: no values."""
         shapes = (self.tokens, *self.alpha.shape, *self.bias.shape)
@@ -433,11 +439,11 @@ class VSFPatch:
         if self.family.rotary is None:
             yield
             return
-        seen = []
+        seen, counts = [], (forward.tokens, forward.real_tokens(), forward.text)
 
         def place(_: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             seen.append(True)
-            return self.family.positions(given[0], forward.tokens, forward.text, diffusion_model), *given[1:]
+            return self.family.positions(given[0], *counts, diffusion_model), *given[1:]
 
         handle = getattr(diffusion_model, self.family.rotary).register_forward_pre_hook(place)
         try:

@@ -119,9 +119,10 @@ class Family(ABC):
         see N."""
         return 0
 
-    def positions(self, ids: Tensor, negative: int, text: int, diffusion_model: Any) -> Tensor:
+    def positions(self, ids: Tensor, negative: int, real: Tensor, text: int, diffusion_model: Any) -> Tensor:
         """The positions [B, L, axes] of a sequence that begins with a text of ``text`` tokens [N, P], as the model
-        counts them: those of P and all else as they were without N, N's those of a prompt of its own."""
+        counts them: those of P and all else as they were without N, N's those of a prompt of its own. real: [B or 1],
+        how many of the ``negative`` tokens of N are no padding."""
         return torch.cat([ids[:, :negative], ids[:, : text - negative], ids[:, text:]], dim=1)
 
     def grid(self, latent: Tensor) -> int:

@@ -17,8 +17,10 @@ class Flux2(Flux):
     released = None
     rotary = "pe_embedder"
 
-    def positions(self, ids: Tensor, negative: int, text: int, diffusion_model: Any) -> Tensor:
+    def positions(self, ids: Tensor, negative: int, real: Tensor, text: int, diffusion_model: Any) -> Tensor:
         positive = text - negative
-        is_dev = diffusion_model.params.guidance_embed  # Klein takes no guidance
-        start = max(0, positive - negative) if is_dev else 0
-        return torch.cat([ids[:, start : start + negative], ids[:, :positive], ids[:, text:]], dim=1)
+        is_dev = diffusion_model.params.guidance_embed  # Klein takes no guidance; Dev's prompts are filled in front
+        start = (positive - real).clamp(min=0) if is_dev else torch.zeros_like(real)
+        own = (start[:, None] + torch.arange(negative, device=ids.device)).expand(ids.shape[0], -1)
+        own = ids.gather(1, own[..., None].expand(-1, -1, ids.shape[2]))
+        return torch.cat([own, ids[:, :positive], ids[:, text:]], dim=1)

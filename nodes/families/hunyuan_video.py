@@ -31,6 +31,7 @@ class HunyuanVideo15(HunyuanVideo):
     title = "HunyuanVideo 1.5"
     model_classes = frozenset(f"comfy.model_base.HunyuanVideo15{kind}" for kind in ("", "_SR_Distilled"))
     encoders = frozenset({"hunyuan_video_15"})
+    compiles = False
     patch_size = 1
 
     def arguments(self, block: Block, args: dict, negative: int, text: int) -> dict:

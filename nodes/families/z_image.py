@@ -51,7 +51,7 @@ class ZImage(Family):
     def image_padding(self, latent: Tensor, diffusion_model: Any) -> int:
         return -self.grid(latent) % diffusion_model.pad_tokens_multiple
 
-    def positions(self, ids: Tensor, negative: int, text: int, diffusion_model: Any) -> Tensor:
+    def positions(self, ids: Tensor, negative: int, real: Tensor, text: int, diffusion_model: Any) -> Tensor:
         """Asked once for the text and once for the image, whose first axis goes on where the text ended."""
         first = ids[..., :1]
         return torch.cat([torch.where(first > negative, first - negative, first), ids[..., 1:]], dim=-1)

@@ -83,12 +83,12 @@ def test_sampled_in_context_windows(pack, family, model):
         pytest.skip("this ComfyUI takes a packed latent for a video in context windows")
     given = (4, 2, "standard_static", 1, False, "pyramid", 2, False)
     windowed = ContextWindowsManualNode.execute(model, *given, causal_window_fix=False).result[0]
-    kw = {"size": (8, 3, 3), "sound": 16}
+    kw = {"size": (8, 3, 3), "sound": 16, "steps": 1}
     early = pack.negative(family.prompt(), negative=family.negative(5), to_frame=0.25)
     results = [run(family, m, early, **kw) for m in (windowed, pack.patch(windowed))]
     video = [comfy.utils.unpack_latents(r, [(1, 128, 8, 3, 3), (1, 8, 16, 16)])[0] for r in results]
     moved = (video[0] - video[1]).abs().amax(dim=(0, 1, 3, 4))
-    assert (moved[:2] > 1e-3).all() and (moved[4:] < moved[0] / 2).all()
+    assert (moved[:2] > 1e-2).all() and (moved[4:] == 0).all()  # the first window, and those after it
 
 
 def test_scale_sweep(pack, family, model):

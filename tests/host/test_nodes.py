@@ -52,7 +52,19 @@ def test_variant_whose_text_is_mixed_before_the_blocks(pack):
 
 
 @pytest.mark.parametrize(
-    "blocks", ["single", "double:", "double:3", "double:2-1", "double:0-9", "0-2", "double:-1-2", ";", "double,,"]
+    "blocks",
+    [
+        "single",
+        "double:",
+        "double:3",
+        "double:2-1",
+        "double:0-9",
+        "0-2",
+        "double:-1-2",
+        ";",
+        "double,,",
+        "double:" + "9" * 5000,
+    ],
 )
 def test_bad_blocks_name_the_valid_range(pack, model, blocks):
     with pytest.raises(ValueError, match="double:0-2"):

@@ -92,6 +92,16 @@ def test_extremes(path, alpha, beta, spread):
 
 
 @PATHS
+@pytest.mark.parametrize("beta", [-0.6, 60.0])
+def test_logits_whose_exponential_overflows(path, beta):
+    """A bias per token, at logits whose exp fp32 cannot hold."""
+    layout = TokenLayout(61, 13, 9)
+    q, k, v = make(layout, batch=2, spread=150.0)
+    alphas, bias = torch.full((1, 1, 1), 3.3), torch.full((1, 1, 9), beta)
+    assert relative(run_joint(path, q, k, v, layout, alphas, bias), oracle(q, k, v, layout, alphas, bias)) < 1e-4
+
+
+@PATHS
 @pytest.mark.parametrize("where", ["token", "image", "both", "batch"])
 def test_bias_and_alpha_per_token(path, where):
     layout = TokenLayout(50, 11, 7)

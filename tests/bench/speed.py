@@ -35,28 +35,47 @@ SELDOM = 4
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's widths, and what it is given. blocks, all_blocks: the cut model's and the whole one's."""
+    """A model's widths, and what it is given. blocks, all_blocks: the cut model's and the whole one's; methods: what is
+    measured unless others are asked for, None = all."""
 
     family: str
-    config: Mapping[str, int]
+    config: Mapping[str, Any]
     blocks: Mapping[str, int]
     all_blocks: Mapping[str, int]
     latent: tuple[int, ...]
     text: int
     pooled: int = 768
     context: int = 4096
+    methods: Sequence[str] | None = None
 
 
+def joint(
+    family: str, all_blocks: Mapping[str, int], latent: tuple[int, ...], text: int, context: int = 4096, **config: Any
+) -> Shape:
+    """A family of which one block of each type is measured, plain and with VSF."""
+    blocks = dict.fromkeys(all_blocks, 1)
+    return Shape(family, config, blocks, all_blocks, latent, text, context=context, methods=OFTEN)
+
+
+FLUX, FLUX_WIDTHS = {"double": 19, "single": 38}, {"hidden_size": 3072, "num_heads": 24}
 WAN = {"family": "wan", "latent": (16, 9, 60, 104), "text": 512, "blocks": {"layers": 1}}
 SHAPES = {
     "SD3.5-Large 1024x1024": Shape(
         "sd3", {"depth": 38}, {"num_blocks": 1}, {"num_blocks": 38}, (16, 128, 128), 154, pooled=2048
     ),
-    "Flux 1024x1024": Shape(
-        "flux", {"hidden": 3072}, {"double": 1, "single": 1}, {"double": 19, "single": 38}, (16, 128, 128), 256
-    ),
+    "Flux 1024x1024": Shape("flux", {"hidden": 3072}, {"double": 1, "single": 1}, FLUX, (16, 128, 128), 256),
     "Wan 1.3B 832x480x33": Shape(config={"dim": 1536, "ffn": 8960}, all_blocks={"layers": 30}, **WAN),
     "Wan 14B 832x480x33": Shape(config={"dim": 5120, "ffn": 13824}, all_blocks={"layers": 40}, **WAN),
+    "Chroma 1024x1024": joint(
+        "chroma", FLUX, (16, 128, 128), 256, **FLUX_WIDTHS, hidden_dim=5120, out_dim=3072, n_layers=5
+    ),
+    "Qwen-Image 1328x1328": joint("qwen_image", {"layers": 60}, (16, 1, 166, 166), 64, 3584, heads=24),
+    "Z-Image 1024x1024": joint("z_image", {"layers": 30}, (16, 128, 128), 64, 2560, dim=3840),
+    "Flux.2 Klein 4B 1024x1024": joint(
+        "flux2", {"double": 5, "single": 20}, (128, 64, 64), 512, 7680, hidden=3072, guidance=False
+    ),
+    "Flux.2 Dev 1024x1024": joint("flux2", {"double": 8, "single": 48}, (128, 64, 64), 512, 15360, hidden=6144),
+    "HunyuanVideo 848x480x33": joint("hunyuan_video", {"double": 20, "single": 40}, (16, 9, 60, 106), 256, hidden=3072),
     "tiny": Shape("sd3", {"depth": 4}, {"num_blocks": 2}, {"num_blocks": 4}, (16, 32, 32), 20, pooled=2048, context=64),
 }
 """``tiny`` tries the command out; its figures mean nothing."""
@@ -217,7 +236,8 @@ def measure(name: str, dtype: str, options: argparse.Namespace, pack: Mapping[st
 
     shape = SHAPES[name]
     methods = all_methods(shape, build(shape, DTYPES[dtype], options.full), pack)
-    wanted = {key: m for key, m in methods.items() if not options.methods or key in (*options.methods, "plain")}
+    asked = options.methods or shape.methods or methods
+    wanted = {key: m for key, m in methods.items() if key in (*asked, "plain")}
     steps = 8 if options.full else 1
     calls = {key: lambda m=method: run(m, shape, steps) for key, method in wanted.items()}
     peaks = {key: peak_bytes(method, shape) for key, method in tqdm(wanted.items(), f"{name}, {dtype}: memory")}

@@ -100,18 +100,25 @@ def flux_model(
     )
 
 
-def flux2(seed: int = 0, guidance: bool = True, context: int = 64) -> StateDict:
-    """A Flux.2-format model of random weights; ``guidance``: Dev's, which Klein lacks."""
+def flux2(seed: int = 0, **config) -> StateDict:
+    """A Flux.2-format model of random weights, as ``flux2_model`` builds it."""
+    return randomize(flux2_model(**config).state_dict(), seed)
+
+
+def flux2_model(
+    hidden: int = 256, double: int = 2, single: int = 2, context: int = 64, guidance: bool = True
+) -> torch.nn.Module:
+    """ComfyUI's class of Flux.2; ``guidance``: Dev's, which Klein lacks."""
     from comfy.ldm.flux.model import Flux
 
-    model = Flux(
+    return Flux(
         **{"in_channels": 128, "out_channels": 128, "patch_size": 1, "vec_in_dim": None, "context_in_dim": context},
-        **{"hidden_size": 256, "num_heads": 2, "depth": 2, "depth_single_blocks": 2, "mlp_ratio": 3.0, "theta": 2000},
-        **{"axes_dim": [32, 32, 32, 32], "txt_ids_dims": [3], "qkv_bias": False, "ops_bias": False},
-        **{"guidance_embed": guidance, "global_modulation": True, "mlp_silu_act": True},
-        **{"default_ref_method": "index", "ref_index_scale": 10.0, "operations": torch.nn, "dtype": torch.float32},
+        **{"hidden_size": hidden, "num_heads": hidden // 128, "depth": double, "depth_single_blocks": single},
+        **{"mlp_ratio": 3.0, "theta": 2000, "axes_dim": [32, 32, 32, 32], "txt_ids_dims": [3]},
+        **{"qkv_bias": False, "ops_bias": False, "guidance_embed": guidance, "global_modulation": True},
+        **{"mlp_silu_act": True, "default_ref_method": "index", "ref_index_scale": 10.0},
+        **{"operations": torch.nn, "dtype": torch.float32},
     )
-    return randomize(model.state_dict(), seed)
 
 
 CHROMA = {"hidden_size": 256, "num_heads": 2, "hidden_dim": 64, "out_dim": 256, "n_layers": 2}
@@ -120,20 +127,27 @@ NERF = {"nerf_hidden_size": 16, "nerf_depth": 2}
 """The same of Radiance's head, whose weights a network of the square of its size makes for each token."""
 
 
-def chroma(seed: int = 0, radiance: str | None = None) -> StateDict:
-    """A Chroma-format model of random weights. ``radiance``: that of pixels, whose text is "alike" in position, or
-    "counted"."""
+def chroma(seed: int = 0, **config) -> StateDict:
+    """A Chroma-format model of random weights, as ``chroma_model`` builds it."""
+    return randomize(chroma_model(**config).state_dict(), seed)
+
+
+def chroma_model(
+    double: int = 2, single: int = 2, context: int = 64, radiance: str | None = None, **sizes: int
+) -> torch.nn.Module:
+    """ComfyUI's class of Chroma; sizes: others than ``CHROMA``. ``radiance``: that of pixels, whose text is "alike" in
+    position, or "counted"."""
     import comfy.ldm.chroma.model
     import comfy.ldm.chroma_radiance.model
 
     config = {
-        **CHROMA,
-        **{"in_channels": 64, "out_channels": 64, "in_dim": 64, "context_in_dim": 64, "mlp_ratio": 4.0},
-        **{"depth": 2, "depth_single_blocks": 2, "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2},
+        **{**CHROMA, **sizes},
+        **{"in_channels": 64, "out_channels": 64, "in_dim": 64, "context_in_dim": context, "mlp_ratio": 4.0},
+        **{"depth": double, "depth_single_blocks": single, "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2},
         **{"qkv_bias": True, "txt_ids_dims": [], "vec_in_dim": None, "operations": torch.nn, "dtype": torch.float32},
     }
     if radiance is None:
-        return randomize(comfy.ldm.chroma.model.Chroma(**config).state_dict(), seed)
+        return comfy.ldm.chroma.model.Chroma(**config)
     pixels = {
         **{"in_channels": 3, "out_channels": 3, "patch_size": 16, **NERF, "nerf_mlp_ratio": 4},
         **{"nerf_max_freqs": 8, "nerf_tile_size": 512, "nerf_final_head_type": "conv"},
@@ -141,24 +155,29 @@ def chroma(seed: int = 0, radiance: str | None = None) -> StateDict:
     }
     if "use_sequential_txt_ids" in comfy.ldm.chroma_radiance.model.ChromaRadianceParams.__dataclass_fields__:
         pixels["use_sequential_txt_ids"] = radiance == "counted"
-    return randomize(comfy.ldm.chroma_radiance.model.ChromaRadiance(**{**config, **pixels}).state_dict(), seed)
+    return comfy.ldm.chroma_radiance.model.ChromaRadiance(**{**config, **pixels})
 
 
 QWEN_IMAGE = {"attention_head_dim": 128, "num_attention_heads": 2, "joint_attention_dim": 64}
 
 
-def qwen_image(seed: int = 0, layers: int = 3, default_ref_method: str = "index") -> StateDict:
-    """A Qwen-Image-format model of random weights; ``default_ref_method`` "index_timestep_zero" is Edit 2511's."""
+def qwen_image(seed: int = 0, **config) -> StateDict:
+    """A Qwen-Image-format model of random weights, as ``qwen_image_model`` builds it."""
+    return randomize(qwen_image_model(**config).state_dict(), seed)
+
+
+def qwen_image_model(
+    layers: int = 3,
+    heads: int = QWEN_IMAGE["num_attention_heads"],
+    context: int = QWEN_IMAGE["joint_attention_dim"],
+    default_ref_method: str = "index",
+) -> torch.nn.Module:
+    """ComfyUI's class of Qwen-Image; ``default_ref_method`` "index_timestep_zero" is Edit 2511's."""
     from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 
-    model = QwenImageTransformer2DModel(
-        **QWEN_IMAGE,
-        num_layers=layers,
-        default_ref_method=default_ref_method,
-        operations=torch.nn,
-        dtype=torch.float32,
-    )
-    return randomize(model.state_dict(), seed)
+    sizes = {**QWEN_IMAGE, "num_attention_heads": heads, "joint_attention_dim": context}
+    ours = {"num_layers": layers, "default_ref_method": default_ref_method}
+    return QwenImageTransformer2DModel(**sizes, **ours, operations=torch.nn, dtype=torch.float32)
 
 
 Z_IMAGE = {
@@ -168,12 +187,18 @@ Z_IMAGE = {
 """What the loader reads off the width of the real Z-Image."""
 
 
-def z_image(seed: int = 0, layers: int = 3) -> StateDict:
-    """A Z-Image-format model of random weights."""
+def z_image(seed: int = 0, **config) -> StateDict:
+    """A Z-Image-format model of random weights, as ``z_image_model`` builds it."""
+    return randomize(z_image_model(**config).state_dict(), seed)
+
+
+def z_image_model(dim: int = 256, layers: int = 3, context: int = 64) -> torch.nn.Module:
+    """ComfyUI's class of Z-Image."""
     from comfy.ldm.lumina.model import NextDiT
 
-    config = {"dim": 256, "cap_feat_dim": 64, "n_layers": layers, "qk_norm": True, "in_channels": 16}
-    return randomize(NextDiT(**config, **Z_IMAGE, operations=torch.nn, dtype=torch.float32).state_dict(), seed)
+    config = {"dim": dim, "cap_feat_dim": context, "n_layers": layers, "qk_norm": True, "in_channels": 16}
+    heads = {"n_heads": dim // 128, "n_kv_heads": dim // 128}
+    return NextDiT(**config, **{**Z_IMAGE, **heads}, operations=torch.nn, dtype=torch.float32)
 
 
 def hunyuan_video(kind: str = "t2v", seed: int = 0) -> StateDict:
@@ -181,7 +206,9 @@ def hunyuan_video(kind: str = "t2v", seed: int = 0) -> StateDict:
     return randomize(hunyuan_video_model(kind).state_dict(), seed)
 
 
-def hunyuan_video_model(kind: str) -> torch.nn.Module:
+def hunyuan_video_model(
+    kind: str = "t2v", hidden: int = 256, double: int = 2, single: int = 2, context: int = 64
+) -> torch.nn.Module:
     """ComfyUI's class of HunyuanVideo (t2v, or i2v, which takes more channels), or of 1.5."""
     from comfy.ldm.hunyuan_video.model import HunyuanVideo
 
@@ -190,8 +217,9 @@ def hunyuan_video_model(kind: str) -> torch.nn.Module:
         **{"in_channels": {"t2v": 16, "i2v": 33, "1.5": 65}[kind], "out_channels": 32 if is_new else 16},
         **{"patch_size": [1, 1, 1] if is_new else [1, 2, 2], "vec_in_dim": None if is_new else 768},
         **{"vision_in_dim": 1152 if is_new else None, "byt5": is_new, "use_cond_type_embedding": is_new},
-        **{"meanflow": False, "meanflow_sum": is_new, "guidance_embed": not is_new, "context_in_dim": 64},
-        **{"hidden_size": 256, "num_heads": 2, "mlp_ratio": 4.0, "depth": 2, "depth_single_blocks": 2},
+        **{"meanflow": False, "meanflow_sum": is_new, "guidance_embed": not is_new, "context_in_dim": context},
+        **{"hidden_size": hidden, "num_heads": hidden // 128, "mlp_ratio": 4.0},
+        **{"depth": double, "depth_single_blocks": single},
         **{"axes_dim": [16, 56, 56], "theta": 256, "qkv_bias": True, "operations": torch.nn, "dtype": torch.float32},
     )
 

@@ -35,6 +35,8 @@ THUMBNAILS = {
     "vsf_chroma1_hd_text_to_image": ("flux", "car", "wheels"),
     "vsf_sdxl_dmd2_text_to_image": ("sd3", "house", "door"),
     "vsf_anima_turbo_text_to_image": ("sd3", "car", "lamps"),
+    "vsf_ltxv_2b_distilled_text_to_video": ("wan", "boat", "sail"),
+    "vsf_hunyuan_video_text_to_video": ("wan", "snowman", "hat"),
 }
 """Of each workflow: the toy's family, the object, and the part that goes."""
 BY_VSF = "vsf_generate_then_edit_flux_kontext"
@@ -53,6 +55,10 @@ SWEEPS = {
     "vsf_scale_sweep_qwen_image_lightning": ("sd3", ("clock", "bells"), ("car", "wheels")),
     "vsf_scale_sweep_chroma1_hd": ("flux", ("car", "wheels"), ("clock", "hands")),
     "vsf_scale_sweep_sdxl_dmd2": ("sd3", ("house", "door"), ("tree", "trunk")),
+    "vsf_scale_sweep_flux_schnell": ("flux", ("house", "roof"), ("snowman", "hat")),
+    "vsf_scale_sweep_wan21_t2v_1_3b_causvid": ("flux", ("clock", "bells"), ("car", "lamps")),
+    "vsf_scale_sweep_ltxv_2b_distilled": ("flux", ("boat", "sail"), ("house", "window")),
+    "vsf_scale_sweep_hunyuan_video": ("sd3", ("snowman", "hat"), ("car", "wheels")),
     "vsf_scale_sweep_anima_turbo": ("sd3", ("house", "window"), ("clock", "hands")),
 }
 """Of each sweep: the toy's family, and the object and part of each row."""

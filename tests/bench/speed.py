@@ -75,7 +75,7 @@ SHAPES = {
         "flux2", {"double": 5, "single": 20}, (128, 64, 64), 512, 7680, hidden=3072, guidance=False
     ),
     "Flux.2 Dev 1024x1024": joint("flux2", {"double": 8, "single": 48}, (128, 64, 64), 512, 15360, hidden=6144),
-    "HunyuanVideo 848x480x33": joint("hunyuan_video", {"double": 20, "single": 40}, (16, 9, 60, 106), 256, hidden=3072),
+    "HunyuanVideo 848x480x13": joint("hunyuan_video", {"double": 20, "single": 40}, (16, 4, 60, 106), 256, hidden=3072),
     "tiny": Shape("sd3", {"depth": 4}, {"num_blocks": 2}, {"num_blocks": 4}, (16, 32, 32), 20, pooled=2048, context=64),
 }
 """``tiny`` tries the command out; its figures mean nothing."""

@@ -7,6 +7,7 @@ import sys
 from io import BytesIO
 from pathlib import Path
 
+import av
 import pytest
 from hosting.client import ComfyClient
 from hosting.graph import to_prompt
@@ -22,6 +23,7 @@ FOLDERS |= {f"{count}CLIPLoader": ["text_encoders"] for count in ("", "Dual", "T
 FOLDERS |= {"LoraLoaderModelOnly": ["loras"]}
 CELL, GAP = 64, 8
 """Side of the smallest picture, and the distance between pictures of a contact sheet."""
+LTXV = "Lightricks/LTX-Video/resolve/main/ltxv-2b-0.9.8-distilled.safetensors"
 DMD2 = "tianweiy/DMD2/resolve/main/dmd2_sdxl_4step_lora_fp16.safetensors"
 
 
@@ -38,6 +40,14 @@ def client(server):
     return ComfyClient(server.address)
 
 
+def picture_of(file):
+    """A picture, or the first frame of a video."""
+    if not file.startswith(b"\x89PNG"):
+        with av.open(BytesIO(file)) as video:
+            return next(video.decode(video=0)).to_image()
+    return Image.open(BytesIO(file))
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_runs(server, client, path):
     shipped, before = to_prompt(json.loads(path.read_text(encoding="utf-8")), client.object_info()), len(server.log())
@@ -51,7 +61,7 @@ def test_runs(server, client, path):
         if shipped[end]["class_type"] != "SaveVideo":
             assert Image.open(BytesIO(file)).convert("L").getextrema() != (0, 0)
     for sweep in (node["inputs"]["scales"] for node in shipped.values() if node["class_type"] == "VSFScaleSweep"):
-        sheet, count = Image.open(BytesIO(files[0])), len(sweep.split(","))
+        sheet, count = picture_of(files[0]), len(sweep.split(","))
         assert sheet.width == GAP + count * (CELL + GAP)
         corners = [(GAP + (CELL + GAP) * i, GAP) for i in range(count)]
         cells = {sheet.crop((x, y, x + CELL, y + CELL)).tobytes() for x, y in corners}
@@ -79,7 +89,7 @@ def test_names_its_model_files_and_explains_itself(path):
 
 def test_those_made_by_the_script_are_as_it_writes_them():
     made = dict(workflows.workflows())
-    assert len(made) == 2 * len(workflows.MODELS)
+    assert len(made) == sum(1 if model.single else 2 for model in workflows.MODELS)
     for name, content in made.items():
         assert (workflows.FOLDER / f"{name}.json").read_text(encoding="utf-8") == workflows.text_of(content), name
 
@@ -96,5 +106,5 @@ def test_their_model_files_are_those_of_comfyui_s_own_templates():
         for node in content["nodes"]
         for model in node["properties"].get("models", ())
     }
-    # no template of ComfyUI has DMD2
-    assert {url for url in listed if url not in templates} == {workflows.HUB + DMD2}
+    # no template of ComfyUI has these
+    assert {url for url in listed if url not in templates} == {workflows.HUB + file for file in (DMD2, LTXV)}

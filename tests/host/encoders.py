@@ -145,8 +145,9 @@ def make_chroma_clip():
     return randomized(ClipTarget(pixart.PixArtTokenizer, pixart.pixart_te()), 64)
 
 
-def make_language_clip(target, layers=3, tokenizer_data=None, **config):
-    """A CLIP of a language model with random weights, 64 wide; the part of it that sees pictures has none."""
+def make_language_clip(target, layers=3, tokenizer_data=None, pooled=64, **config):
+    """A CLIP of a language model with random weights, 64 wide; the part of it that sees pictures has none. ``pooled``:
+    the width of a CLIP-L beside it."""
     small = {
         **tiny_config(64),
         "num_hidden_layers": layers,
@@ -154,7 +155,7 @@ def make_language_clip(target, layers=3, tokenizer_data=None, **config):
         **config,
     }
     names = ("qwen25_7b", "qwen3_4b", "qwen3_8b", "mistral3_24b", "llama")
-    options = {f"{name}_model_config": small for name in names} | {"clip_l_model_config": tiny_config(64)}
+    options = {f"{name}_model_config": small for name in names} | {"clip_l_model_config": tiny_config(pooled)}
     clip = comfy.sd.CLIP(target, model_options=options, parameters=1_000_000, tokenizer_data=tokenizer_data or {})
     g = torch.Generator().manual_seed(0)
     for name, p in clip.cond_stage_model.named_parameters():
@@ -199,11 +200,12 @@ def make_flux2_clip():
     return make_language_clip(target, 31, {"mistral3_24b_tokenizer_class": Marked}, vocab_size=152064)
 
 
-def make_hunyuan_video_clip():
-    """HunyuanVideo's LLaMA, 64 wide, and CLIP-L."""
+def make_hunyuan_video_clip(pooled=64):
+    """HunyuanVideo's LLaMA, 64 wide, and CLIP-L, ``pooled`` wide."""
     import comfy.text_encoders.hunyuan_video as hunyuan_video
 
-    return make_language_clip(ClipTarget(hunyuan_video.HunyuanVideoTokenizer, hunyuan_video.hunyuan_video_clip()), 4)
+    target = ClipTarget(hunyuan_video.HunyuanVideoTokenizer, hunyuan_video.hunyuan_video_clip())
+    return make_language_clip(target, 4, pooled=pooled)
 
 
 def make_hunyuan_video_15_clip():

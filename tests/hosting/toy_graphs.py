@@ -10,11 +10,11 @@ from hosting.graph import without_nodes
 VAES = {"sd3": "taesd3", "flux": "taef1", "wan": "vsf_tiny_wan_vae.safetensors"}
 TINY = {
     **{"Chroma": "chroma", "flux-2-klein": "flux2", "qwen_image": "qwen_image", "sd_xl": "sdxl"},
-    **{"z_image": "z_image", "anima": "anima"},
+    **{"z_image": "z_image", "anima": "anima", "ltxv": "ltxv", "hunyuan_video": "hunyuan_video"},
 }
 """How the files of models begin that have no trained toy: the family of the tiny random model in their place."""
-LOADED = ("UNETLoader", "CLIPLoader", "VAELoader")
-"""The loaders of what that node gives, in its order."""
+LOADED = {"CheckpointLoaderSimple": 0, "UNETLoader": 0, "CLIPLoader": 1, "DualCLIPLoader": 1, "VAELoader": 2}
+"""The loaders of what that node gives: where in its outputs theirs are."""
 
 
 def node(class_type: str, **inputs: Any) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def with_toys(prompt: Prompt) -> Prompt:
         inputs = one["inputs"]
         if one["class_type"] != "ImageFromBatch":
             inputs.update({name: value for name, value in smallest.items() if name in inputs})
-        if one["class_type"] in ("KSampler", "Flux2Scheduler"):  # a pair of samplers shares its steps
+        if one["class_type"] in ("KSampler", "Flux2Scheduler", "LTXVScheduler"):  # a pair of samplers shares its steps
             inputs["steps"] = 2
         for name, value in inputs.items():
             if isinstance(value, list) and value[1] == 2 and f"{value[0]} vae" in prompt:
@@ -112,8 +112,7 @@ def _with_tiny_model(prompt: Prompt) -> Prompt:
     family = next((family for start, family in TINY.items() if any(file.startswith(start) for file in files)), None)
     if family is None:
         return prompt
-    slots = {key: LOADED.index(one["class_type"]) for key, one in prompt.items() if one["class_type"] in LOADED}
-    slots |= {key: 0 for key, one in prompt.items() if one["class_type"] == "CheckpointLoaderSimple"}
+    slots = {key: LOADED[one["class_type"]] for key, one in prompt.items() if one["class_type"] in LOADED}
     result = {key: {**one, "inputs": dict(one["inputs"])} for key, one in prompt.items() if key not in slots}
     for inputs in (one["inputs"] for one in result.values()):
         links = {name: value for name, value in inputs.items() if isinstance(value, list) and value[0] in slots}

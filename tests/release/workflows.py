@@ -39,7 +39,7 @@ class File:
 
 @dataclass(frozen=True)
 class Model:
-    """What the workflows of a model have of their own. encoder, vae: None where the checkpoint holds them."""
+    """What the workflows of a model have of their own. encoders, vae: empty where the checkpoint holds them."""
 
     key: str
     title: str
@@ -52,28 +52,137 @@ class Model:
     advice: str
     """What the note says about this model."""
     sweep_advice: str = ""
-    encoder: File | None = None
+    encoders: tuple[File, ...] = ()
     encoder_type: str = ""
     vae: File | None = None
     lora: File | None = None
+    lora_strength: float = 1.0
     shift: float | None = None
-    size: int = 1024
+    shift_node: str = "ModelSamplingAuraFlow"
+    guidance: float | None = None
+    """What FluxGuidance tells the model."""
+    size: tuple[int, int] = (1024, 1024)
+    frames: int = 0
+    """Of a video; a sweep's is shorter."""
+    rate: float = 24.0
     latent: str = "EmptySD3LatentImage"
     cfg: float = 1.0
+    extrapolation: float = 0.0
+    scale: float = 3.3
+    offset: float = 0.2
+    scales: str = NEW_SCALES
+    single: str = ""
+    """Name of the workflow for one picture, where that is kept by hand."""
+
+    @property
+    def one(self) -> str:
+        """Name of the workflow for one picture or video."""
+        return self.single or f"vsf_{self.key}_text_to_{'video' if self.frames else 'image'}"
 
 
 AE = File("ae.safetensors", "Comfy-Org/z_image_turbo/split_files/vae", "vae")
 QWEN3_4B = File("qwen_3_4b.safetensors", "Comfy-Org/z_image_turbo/split_files/text_encoders", "text_encoders")
 CFG_1 = "Keep **cfg at 1**: the model is distilled for it."
 
+TEXT_ENCODERS = "comfyanonymous/flux_text_encoders"
+CLIP_L = File("clip_l.safetensors", TEXT_ENCODERS, "text_encoders")
+T5 = File("t5xxl_fp16.safetensors", TEXT_ENCODERS, "text_encoders")
+WAN, HUNYUAN = (f"Comfy-Org/{name}/split_files" for name in ("Wan_2.1_ComfyUI_repackaged", "HunyuanVideo_repackaged"))
+SWEPT_FRAMES = 33
+
 MODELS = (
+    Model(
+        key="flux_schnell",
+        title="Flux.1 Schnell",
+        file=File("flux1-schnell.safetensors", "Comfy-Org/flux1-schnell", "diffusion_models"),
+        encoders=(CLIP_L, T5),
+        encoder_type="flux",
+        vae=File("ae.safetensors", "Comfy-Org/Lumina_Image_2.0_Repackaged/split_files/vae", "vae"),
+        prompt="a grand piano on an empty stage, spotlight",
+        negative="piano keys",
+        extrapolation=8.0,
+        steps=4,
+        sampler="euler",
+        scheduler="simple",
+        single="vsf_flux_schnell_text_to_image",
+        advice=CFG_1,
+    ),
+    Model(
+        key="wan21_t2v_1_3b_causvid",
+        title="Wan 2.1 1.3B with the CausVid LoRA",
+        file=File("wan2.1_t2v_1.3B_fp16.safetensors", f"{WAN}/diffusion_models", "diffusion_models"),
+        encoders=(File("umt5_xxl_fp8_e4m3fn_scaled.safetensors", f"{WAN}/text_encoders", "text_encoders"),),
+        encoder_type="wan",
+        vae=File("wan_2.1_vae.safetensors", f"{WAN}/vae", "vae"),
+        lora=File("Wan21_CausVid_bidirect2_T2V_1_3B_lora_rank32.safetensors", "Kijai/WanVideo_comfy", "loras"),
+        lora_strength=0.5,
+        shift=8.0,
+        shift_node="ModelSamplingSD3",
+        size=(832, 480),
+        frames=81,
+        rate=16.0,
+        latent="EmptyHunyuanLatentVideo",
+        prompt="an astronaut hatching from an egg on the surface of the moon, the darkness of space behind",
+        negative="stars in the sky",
+        scale=1.5,
+        offset=0.1,
+        scales="0.5, 1, 1.5, 2",
+        steps=8,
+        sampler="uni_pc",
+        scheduler="simple",
+        single="vsf_wan21_t2v_1_3b_causvid",
+        advice="Keep **cfg at 1**: the LoRA is made for it.",
+    ),
+    Model(
+        key="ltxv_2b_distilled",
+        title="LTX-Video 2B distilled",
+        file=File("ltxv-2b-0.9.8-distilled.safetensors", "Lightricks/LTX-Video", "checkpoints"),
+        encoders=(T5,),
+        encoder_type="ltxv",
+        size=(768, 512),
+        frames=97,
+        rate=25.0,
+        latent="EmptyLTXVLatentVideo",
+        prompt="A sailing boat crosses a calm bay in the morning. The camera follows it slowly from the shore. The "
+        "light is warm, the water is smooth.",
+        negative="birds",
+        scales="0.5, 1, 2, 3.3",
+        steps=8,
+        sampler="euler",
+        scheduler="ltxv",
+        advice="*BasicGuider* runs the model without cfg, for which it is distilled. LTX-Video wants long prompts.",
+    ),
+    Model(
+        key="hunyuan_video",
+        title="HunyuanVideo",
+        file=File("hunyuan_video_t2v_720p_bf16.safetensors", f"{HUNYUAN}/diffusion_models", "diffusion_models"),
+        encoders=(
+            CLIP_L,
+            File("llava_llama3_fp8_scaled.safetensors", f"{HUNYUAN}/text_encoders", "text_encoders"),
+        ),
+        encoder_type="hunyuan_video",
+        vae=File("hunyuan_video_vae_bf16.safetensors", f"{HUNYUAN}/vae", "vae"),
+        shift=7.0,
+        shift_node="ModelSamplingSD3",
+        guidance=6.0,
+        size=(848, 480),
+        frames=73,
+        latent="EmptyHunyuanLatentVideo",
+        prompt="a fox walks through fresh snow in front of a mountain hut, film still",
+        negative="smoke from the chimney",
+        scales="0.5, 1, 2, 3.3",
+        steps=20,
+        sampler="euler",
+        scheduler="simple",
+        advice="HunyuanVideo is guided by a number that it was trained to take (*FluxGuidance*): keep **cfg at 1**.",
+    ),
     Model(
         key="z_image_turbo",
         title="Z-Image Turbo",
         file=File(
             "z_image_turbo_bf16.safetensors", "Comfy-Org/z_image_turbo/split_files/diffusion_models", "diffusion_models"
         ),
-        encoder=QWEN3_4B,
+        encoders=(QWEN3_4B,),
         encoder_type="lumina2",
         vae=AE,
         shift=3.0,
@@ -90,7 +199,7 @@ MODELS = (
         file=File(
             "flux-2-klein-4b.safetensors", "Comfy-Org/flux2-klein/split_files/diffusion_models", "diffusion_models"
         ),
-        encoder=File("qwen_3_4b.safetensors", "Comfy-Org/flux2-klein/split_files/text_encoders", "text_encoders"),
+        encoders=(File("qwen_3_4b.safetensors", "Comfy-Org/flux2-klein/split_files/text_encoders", "text_encoders"),),
         encoder_type="flux2",
         vae=File("flux2-vae.safetensors", "Comfy-Org/flux2-dev/split_files/vae", "vae"),
         prompt="a snowman in a garden, winter morning, photo",
@@ -110,16 +219,18 @@ MODELS = (
             "Comfy-Org/Qwen-Image_ComfyUI/split_files/diffusion_models",
             "diffusion_models",
         ),
-        encoder=File(
-            "qwen_2.5_vl_7b_fp8_scaled.safetensors",
-            "Comfy-Org/Qwen-Image_ComfyUI/split_files/text_encoders",
-            "text_encoders",
+        encoders=(
+            File(
+                "qwen_2.5_vl_7b_fp8_scaled.safetensors",
+                "Comfy-Org/Qwen-Image_ComfyUI/split_files/text_encoders",
+                "text_encoders",
+            ),
         ),
         encoder_type="qwen_image",
         vae=File("qwen_image_vae.safetensors", "Comfy-Org/Qwen-Image_ComfyUI/split_files/vae", "vae"),
         lora=File("Qwen-Image-Lightning-8steps-V1.0.safetensors", "lightx2v/Qwen-Image-Lightning", "loras"),
         shift=3.1,
-        size=1328,
+        size=(1328, 1328),
         prompt="an alarm clock on a bedside table, watercolour",
         negative="bells",
         steps=8,
@@ -135,7 +246,7 @@ MODELS = (
             "Comfy-Org/Chroma1-HD_repackaged/split_files/diffusion_models",
             "diffusion_models",
         ),
-        encoder=File("t5xxl_fp8_e4m3fn_scaled.safetensors", "comfyanonymous/flux_text_encoders", "text_encoders"),
+        encoders=(File("t5xxl_fp8_e4m3fn_scaled.safetensors", "comfyanonymous/flux_text_encoders", "text_encoders"),),
         encoder_type="chroma",
         vae=File("ae.safetensors", "Comfy-Org/Lumina_Image_2.0_Repackaged/split_files/vae", "vae"),
         shift=1.0,
@@ -155,8 +266,8 @@ MODELS = (
         file=File(
             "anima-base-v1.0.safetensors", "circlestone-labs/Anima/split_files/diffusion_models", "diffusion_models"
         ),
-        encoder=File(
-            "qwen_3_06b_base.safetensors", "circlestone-labs/Anima/split_files/text_encoders", "text_encoders"
+        encoders=(
+            File("qwen_3_06b_base.safetensors", "circlestone-labs/Anima/split_files/text_encoders", "text_encoders"),
         ),
         encoder_type="stable_diffusion",
         vae=File("qwen_image_vae.safetensors", "circlestone-labs/Anima/split_files/vae", "vae"),
@@ -194,12 +305,12 @@ words (no "no", no "without").
 - Compare: bypass *VSF Model Patch* (Ctrl+B).
 
 {advice}"""
-SWEEP = """**Which scale is right for {title}?** One run draws the same picture at each of the scales in *VSF Scale \
+SWEEP = """**Which scale is right for {title}?** One run draws the same {drawn} at each of the scales in *VSF Scale \
 Sweep*, side by side. No setting was tuned on this model here.
 
-- Write your own list; then set the scale you like in *VSF Model Patch* of *vsf_{key}_text_to_image*. The one \
+- Write your own list; then set the scale you like in *VSF Model Patch* of *{one}*. The one \
 here is not used; the node's other settings are.
-- The pictures are one batch: use fewer scales if memory runs out.
+- The {drawn}s are one batch: use fewer scales if memory runs out.
 - 0 is not off: the negative still takes attention, it only pushes nothing away.
 
 {advice}"""
@@ -266,35 +377,45 @@ class Graph:
 def workflows() -> Iterator[tuple[str, dict[str, Any]]]:
     """File name without ending, and content, of every workflow made here."""
     for model in MODELS:
-        for name, is_sweep in ((f"vsf_{model.key}_text_to_image", False), (f"vsf_scale_sweep_{model.key}", True)):
-            yield name, workflow(model, name, is_sweep)
+        if not model.single:
+            yield model.one, workflow(model, model.one, is_sweep=False)
+        name = f"vsf_scale_sweep_{model.key}"
+        yield name, workflow(model, name, is_sweep=True)
 
 
 def workflow(model: Model, name: str, is_sweep: bool) -> dict[str, Any]:
-    """One picture of a model, or a sheet of it at several scales."""
-    graph, size = Graph(name), min(model.size, 1024) if is_sweep else model.size
+    """One picture or video of a model, or a sheet of it at several scales."""
+    graph, size = Graph(name), tuple(min(side, 1024) if is_sweep else side for side in model.size)
+    frames = (min(model.frames, SWEPT_FRAMES) if is_sweep else model.frames,) if model.frames else ()
     (patched, clip, vae), bottom = loaded(graph, model)
     groups: dict[str, Sequence[int]] = {"Models": (-20, -50, 420, bottom + 30)}
-    latent: Source = graph.add(model.latent, (0, bottom + 370), (315, 106), (size, size, 1), ["LATENT"]), 0
+    latent: Source = (
+        graph.add(model.latent, (0, bottom + 370), (315, 130 if frames else 106), (*size, *frames, 1), ["LATENT"]),
+        0,
+    )
     look, given = {"title": "Positive prompt", **GREEN}, {"clip": clip}
     prompt = graph.add("CLIPTextEncode", (430, 0), (400, 160), [model.prompt], ["CONDITIONING"], (), given, **look)
+    positive: Source = prompt, 0
+    if model.guidance is not None:
+        given = {"conditioning": positive}
+        positive = graph.add("FluxGuidance", (430, 695), (210, 58), [model.guidance], ["CONDITIONING"], (), given), 0
     with_negative = graph.add(
         "VSFNegativeConditioning",
         (430, 210),
         (400, 330),
-        (model.negative, 1.0, 0.0, 0.0, 1.0),
+        (model.negative, 1.0, model.extrapolation, 0.0, 1.0),
         ["CONDITIONING"],
-        inputs={"positive": (prompt, 0), "clip": clip, "negative": "CONDITIONING", "mask": "MASK"},
+        inputs={"positive": positive, "clip": clip, "negative": "CONDITIONING", "mask": "MASK"},
         **RED,
     )
-    groups["Prompt and negative"] = (410, -50, 440, 810 if model.cfg != 1 else 720)
-    values, inputs = (3.3, 0.2, 0.0, 1.0, "", "paper", True), {"model": patched}
+    groups["Prompt and negative"] = (410, -50, 440, 810 if model.cfg != 1 or model.guidance else 720)
+    values, inputs = (model.scale, model.offset, 0.0, 1.0, "", "paper", True), {"model": patched}
     patch = graph.add("VSFModelPatch", (880, 0), (320, 250), values, ["MODEL"], inputs=inputs, **RED)
     patched, labels, x = (patch, 0), None, 1250
     if is_sweep:
         inputs = {"model": patched, "latent": latent}
         outputs = ["MODEL", "LATENT", "labels:STRING"]
-        sweep = graph.add("VSFScaleSweep", (x, 0), (320, 150), [NEW_SCALES], outputs, inputs=inputs, **RED)
+        sweep = graph.add("VSFScaleSweep", (x, 0), (320, 150), [model.scales], outputs, inputs=inputs, **RED)
         patched, latent, labels = ((sweep, slot) for slot in range(3))
         x += 370
     samples = sampled(graph, model, (prompt, 0), clip, (with_negative, 0), patched, latent, size, x)
@@ -307,9 +428,18 @@ def workflow(model: Model, name: str, is_sweep: bool) -> dict[str, Any]:
         below += 150
     width = 900 if is_sweep else 420
     prefix = f"vsf_{'scale_sweep_' if is_sweep else ''}{model.key}"
-    graph.add("SaveImage", (x + 360, 0), (width, 470), [prefix], inputs={"images": picture})
+    if model.frames:
+        inputs = {"images": picture, "audio": "AUDIO"}
+        video = graph.add("CreateVideo", (x, below + 100), (270, 78), [model.rate], ["VIDEO"], inputs=inputs)
+        below += 130
+        values = (f"video/{prefix}", "auto", "auto")
+        graph.add("SaveVideo", (x + 360, 0), (width, 470), values, inputs={"video": (video, 0)})
+    else:
+        graph.add("SaveImage", (x + 360, 0), (width, 470), [prefix], inputs={"images": picture})
     advice = f"{model.advice}\n\n{model.sweep_advice}".rstrip() if is_sweep else model.advice
-    note = (SWEEP if is_sweep else ONE).format(title=model.title, key=model.key, advice=advice)
+    note = (SWEEP if is_sweep else ONE).format(
+        title=model.title, key=model.key, one=model.one, drawn="video" if model.frames else "picture", advice=advice
+    )
     graph.add("MarkdownNote", (0, bottom + 30), (380, 290), [note], title="How to use", **DARK)
     title = "VSF at several scales" if is_sweep else "VSF and sampling"
     groups[title] = (860, -50, x + 360 + width - 840, max(560, below + 130))
@@ -325,23 +455,25 @@ def loaded(graph: Graph, model: Model) -> tuple[tuple[Source, Source, Source], i
         here, top = top, top + height + 50
         return (0, here), (380, height)
 
-    if model.encoder and model.vae:
+    if model.vae:
         of_model = graph.add("UNETLoader", *below(82), (model.file.name, "default"), ["MODEL"], [model.file])
-        values = (model.encoder.name, model.encoder_type, "default")
-        of_clip = graph.add("CLIPLoader", *below(106), values, ["CLIP"], [model.encoder])
-        of_vae = graph.add("VAELoader", *below(58), [model.vae.name], ["VAE"], [model.vae])
-        clip, vae = (of_clip, 0), (of_vae, 0)
     else:
         of_model = graph.add(
             "CheckpointLoaderSimple", *below(98), [model.file.name], ["MODEL", "CLIP", "VAE"], [model.file]
         )
-        clip, vae = (of_model, 1), (of_model, 2)
+    clip, vae = (of_model, 1), (of_model, 2)
+    if model.encoders:
+        values = (*(file.name for file in model.encoders), model.encoder_type, "default")
+        kind, height = ("DualCLIPLoader", 130) if len(model.encoders) > 1 else ("CLIPLoader", 106)
+        clip = graph.add(kind, *below(height), values, ["CLIP"], model.encoders), 0
+    if model.vae:
+        vae = graph.add("VAELoader", *below(58), [model.vae.name], ["VAE"], [model.vae]), 0
     last: Source = (of_model, 0)
     if model.lora:
-        values, given = (model.lora.name, 1.0), {"model": last}
+        values, given = (model.lora.name, model.lora_strength), {"model": last}
         last = graph.add("LoraLoaderModelOnly", *below(82), values, ["MODEL"], [model.lora], given), 0
     if model.shift is not None:
-        last = graph.add("ModelSamplingAuraFlow", *below(58), [model.shift], ["MODEL"], inputs={"model": last}), 0
+        last = graph.add(model.shift_node, *below(58), [model.shift], ["MODEL"], inputs={"model": last}), 0
     return (last, clip, vae), top
 
 
@@ -353,20 +485,31 @@ def sampled(
     positive: Source,
     patched: Source,
     latent: Source,
-    size: int,
+    size: Sequence[int],
     x: int,
 ) -> Source:
     """The nodes that sample, from ``x`` on; the latent that they make."""
-    if model.scheduler == "flux2":
+    if model.scheduler in ("flux2", "ltxv"):
         noise = graph.add("RandomNoise", (x, 0), (315, 82), (42, "fixed"), ["NOISE"])
         inputs: Mapping[str, Source | str] = {"model": patched, "conditioning": positive}
         guider = graph.add("BasicGuider", (x, 130), (315, 46), (), ["GUIDER"], inputs=inputs)
         sampler = graph.add("KSamplerSelect", (x, 230), (315, 58), [model.sampler], ["SAMPLER"])
-        sigmas = graph.add("Flux2Scheduler", (x, 340), (315, 106), (model.steps, size, size), ["SIGMAS"])
+        if model.scheduler == "flux2":
+            sigmas = graph.add("Flux2Scheduler", (x, 340), (315, 106), (model.steps, *size), ["SIGMAS"])
+        else:
+            values, given = (model.steps, 2.05, 0.95, True, 0.1), {"latent": latent}
+            sigmas = graph.add("LTXVScheduler", (x, 340), (315, 154), values, ["SIGMAS"], inputs=given)
         parts = {"noise": noise, "guider": guider, "sampler": sampler, "sigmas": sigmas}
         inputs = {**{name: (node, 0) for name, node in parts.items()}, "latent_image": latent}
         outputs = ["output:LATENT", "denoised_output:LATENT"]
-        return graph.add("SamplerCustomAdvanced", (x, 500), (315, 106), (), outputs, inputs=inputs), 0
+        return graph.add(
+            "SamplerCustomAdvanced",
+            (x, 540 if model.scheduler == "ltxv" else 500),
+            (315, 106),
+            (),
+            outputs,
+            inputs=inputs,
+        ), 0
     if model.cfg == 1:
         given, title = {"conditioning": prompt}, "Unused at cfg 1"
         unused = graph.add("ConditioningZeroOut", (430, 620), (210, 26), (), ["CONDITIONING"], (), given, title=title)

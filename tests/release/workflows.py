@@ -333,7 +333,7 @@ class Graph:
         outputs: Sequence[str] = (),
         files: Sequence[File] = (),
         inputs: Mapping[str, Source | str] | None = None,
-        **look: str,
+        look: Mapping[str, str] | None = None,
     ) -> Node:
         """A node. outputs: "TYPE" or "name:TYPE"; inputs: where each comes from, or the type of one without a link."""
         node: Node = {
@@ -343,11 +343,10 @@ class Graph:
         node["inputs"] = [self._input(node, i, *one) for i, one in enumerate((inputs or {}).items())]
         made = [one.rpartition(":")[::2] for one in outputs]
         node["outputs"] = [{"name": name or kind_, "type": kind_, "links": []} for name, kind_ in made]
-        node["properties"] = {"Node name for S&R": kind} if outputs or inputs else {}
-        if files:
-            node["properties"]["models"] = [file.listed() for file in files]
+        properties: dict[str, Any] = {"Node name for S&R": kind} if outputs or inputs else {}
+        node["properties"] = properties | ({"models": [file.listed() for file in files]} if files else {})
         node["widgets_values"] = list(widgets)
-        self.nodes.append({**node, **look})
+        self.nodes.append({**node, **(look or {})})
         return self.nodes[-1]
 
     def _input(self, node: Node, slot: int, name: str, source: Source | str) -> dict[str, Any]:
@@ -394,7 +393,7 @@ def workflow(model: Model, name: str, is_sweep: bool) -> dict[str, Any]:
         0,
     )
     look, given = {"title": "Positive prompt", **GREEN}, {"clip": clip}
-    prompt = graph.add("CLIPTextEncode", (430, 0), (400, 160), [model.prompt], ["CONDITIONING"], (), given, **look)
+    prompt = graph.add("CLIPTextEncode", (430, 0), (400, 160), [model.prompt], ["CONDITIONING"], (), given, look=look)
     positive: Source = prompt, 0
     if model.guidance is not None:
         given = {"conditioning": positive}
@@ -406,16 +405,16 @@ def workflow(model: Model, name: str, is_sweep: bool) -> dict[str, Any]:
         (model.negative, 1.0, model.extrapolation, 0.0, 1.0),
         ["CONDITIONING"],
         inputs={"positive": positive, "clip": clip, "negative": "CONDITIONING", "mask": "MASK"},
-        **RED,
+        look=RED,
     )
     groups["Prompt and negative"] = (410, -50, 440, 810 if model.cfg != 1 or model.guidance else 720)
     values, inputs = (model.scale, model.offset, 0.0, 1.0, "", "paper", True), {"model": patched}
-    patch = graph.add("VSFModelPatch", (880, 0), (320, 250), values, ["MODEL"], inputs=inputs, **RED)
+    patch = graph.add("VSFModelPatch", (880, 0), (320, 250), values, ["MODEL"], inputs=inputs, look=RED)
     patched, labels, x = (patch, 0), None, 1250
     if is_sweep:
         inputs = {"model": patched, "latent": latent}
         outputs = ["MODEL", "LATENT", "labels:STRING"]
-        sweep = graph.add("VSFScaleSweep", (x, 0), (320, 150), [model.scales], outputs, inputs=inputs, **RED)
+        sweep = graph.add("VSFScaleSweep", (x, 0), (320, 150), [model.scales], outputs, inputs=inputs, look=RED)
         patched, latent, labels = ((sweep, slot) for slot in range(3))
         x += 370
     samples = sampled(graph, model, (prompt, 0), clip, (with_negative, 0), patched, latent, size, x)
@@ -424,7 +423,7 @@ def workflow(model: Model, name: str, is_sweep: bool) -> dict[str, Any]:
     picture: Source = graph.add("VAEDecode", (x, below), (210, 46), (), ["IMAGE"], inputs=inputs), 0
     if labels:
         inputs = {"images": picture, "labels": labels}
-        picture = graph.add("VSFContactSheet", (x, below + 100), (315, 102), [0], ["IMAGE"], inputs=inputs, **RED), 0
+        picture = graph.add("VSFContactSheet", (x, below + 100), (315, 102), [0], ["IMAGE"], inputs=inputs, look=RED), 0
         below += 150
     width = 900 if is_sweep else 420
     prefix = f"vsf_{'scale_sweep_' if is_sweep else ''}{model.key}"
@@ -440,7 +439,7 @@ def workflow(model: Model, name: str, is_sweep: bool) -> dict[str, Any]:
     note = (SWEEP if is_sweep else ONE).format(
         title=model.title, key=model.key, one=model.one, drawn="video" if model.frames else "picture", advice=advice
     )
-    graph.add("MarkdownNote", (0, bottom + 30), (380, 290), [note], title="How to use", **DARK)
+    graph.add("MarkdownNote", (0, bottom + 30), (380, 290), [note], look={"title": "How to use", **DARK})
     title = "VSF at several scales" if is_sweep else "VSF and sampling"
     groups[title] = (860, -50, x + 360 + width - 840, max(560, below + 130))
     return graph.saved(groups)
@@ -512,10 +511,14 @@ def sampled(
         ), 0
     if model.cfg == 1:
         given, title = {"conditioning": prompt}, "Unused at cfg 1"
-        unused = graph.add("ConditioningZeroOut", (430, 620), (210, 26), (), ["CONDITIONING"], (), given, title=title)
+        unused = graph.add(
+            "ConditioningZeroOut", (430, 620), (210, 26), (), ["CONDITIONING"], (), given, {"title": title}
+        )
     else:
         given, title = {"clip": clip}, "For cfg: empty"
-        unused = graph.add("CLIPTextEncode", (430, 620), (400, 120), [""], ["CONDITIONING"], (), given, title=title)
+        unused = graph.add(
+            "CLIPTextEncode", (430, 620), (400, 120), [""], ["CONDITIONING"], (), given, {"title": title}
+        )
     inputs = {"model": patched, "positive": positive, "negative": (unused, 0), "latent_image": latent}
     values = (42, "fixed", model.steps, model.cfg, model.sampler, model.scheduler, 1.0)
     return graph.add("KSampler", (x, 0), (315, 262), values, ["LATENT"], inputs=inputs), 0

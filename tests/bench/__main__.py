@@ -4,7 +4,7 @@ import runpy
 import sys
 from pathlib import Path
 
-KNOWN = ("neggen", "quality", "speed")
+KNOWN = ("beyond", "neggen", "quality", "speed")
 
 if __name__ == "__main__":
     here = str(Path(__file__).resolve().parent)

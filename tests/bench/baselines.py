@@ -43,6 +43,12 @@ class Call:
         k, v = (torch.cat([t[:, :, span] for span in keys], dim=2) for t in (self.k, self.v))
         return F.scaled_dot_product_attention(self.q[:, :, query], k, v)
 
+    def with_text(self, image: Tensor) -> Tensor:
+        """The image's rows with those of the text, each stream as in a pass of its own."""
+        n, p, i = self.n, self.p, self.i
+        text = [] if self.cross else [self.attend(n, n, i), self.attend(p, p, i)]
+        return torch.cat([*text, image], dim=2)
+
 
 Rule = Callable[[Call], Tensor]
 
@@ -51,11 +57,29 @@ def guided(combine: Callable[[Tensor, Tensor], Tensor]) -> Rule:
     """A rule that steers the image's result by what it would be with N in P's place: ``combine(Z+, Z-)``."""
 
     def rule(call: Call) -> Tensor:
-        n, p, i = call.n, call.p, call.i
-        queries = slice(None) if call.cross else i
-        image = combine(call.attend(queries, p, i), call.attend(queries, n, i))
-        text = [] if call.cross else [call.attend(n, n, i), call.attend(p, p, i)]
-        return torch.cat([*text, image], dim=2)
+        queries = slice(None) if call.cross else call.i
+        image = combine(call.attend(queries, call.p, call.i), call.attend(queries, call.n, call.i))
+        return call.with_text(image)
+
+    return rule
+
+
+def beyond(candidate: str, scale: float, offset: float, **own: float) -> Rule:
+    """One of ``vsf_core.beyond``'s candidates."""
+    from vsf_core import beyond, lse_attention
+
+    combine = beyond.CANDIDATES[candidate]
+
+    def rule(call: Call) -> Tensor:
+        attend = lse_attention(call.q.device, call.q.dtype, call.q.shape[-1])
+        assert attend is not None
+        q = call.q if call.cross else call.q[:, :, call.i]
+        after, n, p = slice(call.negative, None), call.n, call.p
+        z_pos, lse_pos = attend(q, call.k[:, :, after], call.v[:, :, after], None)
+        z_neg, lse_neg = attend(q, call.k[:, :, n], call.v[:, :, n], None)
+        z_text, lse_text = attend(q, call.k[:, :, p], call.v[:, :, p], None)
+        parts = beyond.parts_of(z_pos, lse_pos, z_neg, lse_neg - offset, z_text, lse_text)
+        return call.with_text(combine(parts, scale, **own))
 
     return rule
 

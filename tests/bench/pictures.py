@@ -1,6 +1,7 @@
-"""Draws the pictures that ship: a thumbnail beside each workflow, and the help page's comparison of presets.
+"""Draws the pictures that ship: a thumbnail beside each workflow, the help page's comparison of presets, and README's
+attention map and scale sweep.
 
-    VSF_COMFYUI=... PYTHONPATH=tests python tests/bench/pictures.py [WORKFLOW | presets ...]
+    VSF_COMFYUI=... PYTHONPATH=tests python tests/bench/pictures.py [NAME ...]
 
 All from the trained toys through the pack's real nodes, and marked as toys.
 """
@@ -63,6 +64,8 @@ SWEEPS = {
 }
 """Of each sweep: the toy's family, and the object and part of each row."""
 SCALES = "0, 1, 2, 3, 4"
+FIGURES = ("attention-map", "scale-sweep")
+"""README's, of the toy SD3's house and roof."""
 
 TRIES, LEAST_QUALITY = 24, 0.93
 PRESETS = {
@@ -78,7 +81,7 @@ SIDE, GAP, INK, PAPER = 96, 6, (40, 40, 40), (250, 250, 248)
 
 
 def main() -> None:
-    every = (*THUMBNAILS, *WORDED, *SWEEPS, "presets")
+    every = (*THUMBNAILS, *WORDED, *SWEEPS, "presets", *FIGURES)
     wanted = sys.argv[1:] or every
     if unknown := sorted(set(wanted) - set(every)):
         sys.exit(f"no such picture: {', '.join(unknown)}; there are {', '.join(every)}")
@@ -103,6 +106,10 @@ def main() -> None:
             sweeps(toy(family), swept).save(ROOT / "workflows" / f"{name}.jpg", quality=88)
     if "presets" in wanted:
         compare(toy("sd3")).save(ROOT / "js" / "docs" / "presets.png", optimize=True)
+    for name in FIGURES:
+        if name in wanted:
+            figure = attention_map(toy("sd3")) if name == "attention-map" else scale_sweep(toy("sd3"))
+            figure.quantize(128).save(ROOT / "docs" / "images" / f"{name}.png", optimize=True)
 
 
 @dataclass(frozen=True)
@@ -117,16 +124,35 @@ class Wording(Case):
 
 
 def telling_pair(toy: Toy, thing: str, part: str) -> tuple[Image.Image, Image.Image]:
-    """Without and with the negative, of the first seed where it works: thumbnails say what it does, not how often."""
+    """Without and with the negative, of the clearest seed: thumbnails say what it does, not how often."""
+    without, with_, _ = telling_seed(toy, thing, part)
+    return shown(without[0]), shown(with_[0])
+
+
+def telling_seed(toy: Toy, thing: str, part: str) -> tuple[np.ndarray, np.ndarray, int]:
+    """The samples of that pair, and the seed."""
+    case, found = Case(thing, part, f"a {thing}", ""), []
     for seed in range(TRIES):
         without, with_ = (
             drawn(toy, thing, part, method, scale, seed)
             for method, scale in (("none", 0.0), ("vsf", 2.0 if toy.family == "wan" else 3.3))
         )
-        (had, has) = (sampling.score(one, Case(thing, part, f"a {thing}", "")) for one in (without, with_))
+        had, has = (sampling.score(one, case) for one in (without, with_))
         if not had.negative[0] and has.negative[0] and has.positive[0] and has.quality[0] >= LEAST_QUALITY:
-            return shown(without[0]), shown(with_[0])
-    raise RuntimeError(f"{toy.family}: no seed takes {part} from {thing}")
+            found.append((*clearness(with_, case), seed, without, with_))
+    if not found:
+        raise RuntimeError(f"{toy.family}: no seed takes {part} from {thing}")
+    *_, seed, without, with_ = max(found, key=lambda one: one[:2])
+    return without, with_, seed
+
+
+def clearness(pictures: np.ndarray, case: Case) -> tuple[int, float]:
+    """How much of the object there is in the last picture, in pixels of its body, and the least quality of all."""
+    import world
+
+    last = pictures[-1:] if pictures.ndim == 4 else pictures[-1:, :, -1]
+    pixels, _ = world.classify(last, world.BY_NAME[case.thing], case.style)
+    return int(pixels["body"].sum()), min(sampling.score(pictures, case).quality)
 
 
 def drawn(toy: Toy, thing: str, part: str, method: str, scale: float, seed: int) -> np.ndarray:
@@ -153,31 +179,59 @@ def thumbnail(before: Image.Image, after: Image.Image, caption: str) -> Image.Im
 def sweeps(toy: Toy, swept: Sequence[tuple[str, str]]) -> Image.Image:
     """A row for each run of the sweep: its pictures and labels, by the pack's nodes; 448 x 256."""
     runs = [telling_sweep(toy, thing, part) for thing, part in swept]
-    cells = np.concatenate([pictures for pictures, _ in runs]).transpose(0, 2, 3, 1)
-    big = [Image.fromarray((c.clip(0, 1) * 255).round().astype(np.uint8)).resize((80, 80), 0) for c in cells]
-    images = torch.from_numpy(np.stack([np.asarray(one) for one in big])).float() / 255
-    labels = "\n".join(lines for _, lines in runs)
-    made = toy.pack["VSFContactSheet"].execute(images=images, labels=labels, columns=5).result[0][0]
-    rows = Image.fromarray((made * 255).round().byte().numpy())
+    cells = enlarged(np.concatenate([pictures for pictures, _ in runs]), 80)
+    rows = contact_sheet(toy, cells, "\n".join(lines for _, lines in runs))
     sheet = Image.new("RGB", (448, 256), "white")
     sheet.paste(rows, (0, 0))
     write(sheet, (8, 226), "; ".join(f"a {thing}, not: {part}" for thing, part in swept) + "  (toy)", 18)
     return sheet
 
 
+def enlarged(pictures: np.ndarray, side: int) -> torch.Tensor:
+    """Pictures [n, 3, 32, 32] as ComfyUI's images [n, side, side, 3]."""
+    big = [shown(one).resize((side, side), Image.Resampling.NEAREST) for one in pictures]
+    return torch.from_numpy(np.stack([np.asarray(one) for one in big])).float() / 255
+
+
+def contact_sheet(toy: Toy, images: torch.Tensor, labels: str) -> Image.Image:
+    """By the pack's node, five in a row at most."""
+    columns = min(5, len(images))
+    made = toy.pack["VSFContactSheet"].execute(images=images, labels=labels, columns=columns).result[0][0]
+    return Image.fromarray((made * 255).round().byte().numpy())
+
+
+def attention_map(toy: Toy) -> Image.Image:
+    """Without and with the negative, and where the picture attended to it, by the pack's nodes."""
+    without, with_, seed = telling_seed(toy, "house", "roof")
+    model, record = toy.pack["VSFRecord"].execute(model=toy.patched(scale=3.3, offset=0.2)).result
+    toy.swept(Case("house", "roof", "a house", ""), model, seed, 1)
+    pair = enlarged(np.concatenate([without, with_]), 256)
+    heat, laid_over, _ = toy.pack["VSFAttentionMap"].execute(map=record, image=pair[1:]).result
+    labels = "no negative\nwith VSF\nshare on the negative\nlaid over"
+    return contact_sheet(toy, torch.cat([pair, heat, laid_over]), labels)
+
+
+def scale_sweep(toy: Toy) -> Image.Image:
+    pictures, labels = telling_sweep(toy, "house", "roof")
+    return contact_sheet(toy, enlarged(pictures, 256), labels)
+
+
 def telling_sweep(toy: Toy, thing: str, part: str) -> tuple[np.ndarray, str]:
-    """A run of VSF Scale Sweep and its labels, of the first seed where the part goes on the way to the last scale."""
+    """A run of VSF Scale Sweep and its labels, of the clearest seed where the part goes on the way."""
     case = Case(thing, part, f"a {thing}", "")
     latent = {"samples": torch.zeros(1, 16, 32, 32)}
     sweep = toy.pack["VSFScaleSweep"].execute
     model, latents, labels = sweep(model=toy.patched(offset=0.2), latent=latent, scales=SCALES).result
+    telling = []
     for seed in range(TRIES):
         pictures = toy.swept(case, model, seed, len(latents["samples"]))
         found = sampling.score(pictures, case)
         goes = not found.negative[0] and all(found.negative[-2:])
         if goes and all(found.positive) and min(found.quality) >= LEAST_QUALITY:
-            return pictures, labels
-    raise RuntimeError(f"{toy.family}: no seed takes {part} from {thing} on the way")
+            telling.append((*clearness(pictures, case), pictures))
+    if not telling:
+        raise RuntimeError(f"{toy.family}: no seed takes {part} from {thing} on the way")
+    return max(telling, key=lambda one: one[:2])[2], labels
 
 
 def compare(toy: Toy) -> Image.Image:

@@ -22,7 +22,7 @@ import torch
 from intervals import bootstrap
 from sampling import WEIGHTS, Case, Toy, cases, open_comfyui, score
 
-Settings = dict[str, float]
+Settings = dict[str, Any]
 FIRST_SEED = {"validation": 1000, "test": 2000}
 KEEP_OBJECT, KEEP_QUALITY = 0.90, 0.95
 """VSF's setting is the one that removes most on validation pairs among those that keep the object this often, and this
@@ -39,7 +39,10 @@ class Job:
     @property
     def note(self) -> str:
         """The setting in a few characters."""
-        return ", ".join(f"{key} {value:g}" for key, value in self.settings.items())
+        return ", ".join(
+            f"{key} {value:g}" if isinstance(value, float | int) else f"{key} {value}"
+            for key, value in self.settings.items()
+        )
 
 
 def sweep(method: str, key: str, values: Iterable[float], **fixed: float) -> list[Job]:
@@ -65,7 +68,7 @@ def all_jobs(family: str, split: str, quick: bool) -> list[Job]:
         return ours
     others = [
         *sweep("cfg", "cfg", (2.0, 3.0, 4.0), steps=8),
-        *sweep("cfg", "cfg", (2.0, 4.0), steps=28),
+        *sweep("cfg", "cfg", (4.0,), steps=28),
         Job("nag", {"phi": 4, "blend": 0.125, "tau": 2.5}),
         Job("nag", {"phi": 4, "blend": 0.25, "tau": 2.5}),
         Job("nag", {"phi": 11, "blend": 0.5, "tau": 5}),
@@ -86,29 +89,42 @@ def all_jobs(family: str, split: str, quick: bool) -> list[Job]:
     ]
 
 
+Work = tuple[str, Job, Case]
+"""A split, and what to sample of it."""
+
 # -- sampling ---------------------------------------------------------------------------------------------------------
 
 
 def sample_all(toy: Toy, weights: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A family's results: those on disk, and what was missing. One record a job and case."""
     import world
-    from tqdm import tqdm
 
-    family, path = toy.family, options.out / "results.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {key_of(record): record for record in records}
+    path = options.out / "results.jsonl"
     if options.report:
-        return [record for record in done.values() if (record["family"], record["weights"]) == (family, weights)]
-    prompts, count = (1, 2) if options.quick else (len(sampling.PROMPTS), options.seeds)
-    wanted: list[tuple[str, Job, Case]] = []
+        return [r for r in on_disk(path).values() if (r["family"], r["weights"]) == (toy.family, weights)]
+    prompts, count = (1, 2) if options.quick else (options.prompts, options.seeds)
+    wanted: list[Work] = []
     for split, things in (("validation", world.VALIDATION), ("test", world.TEST)):
         if options.split not in (split, "both"):
             continue
-        for job in all_jobs(family, split, options.quick):
+        for job in all_jobs(toy.family, split, options.quick):
             if options.methods and job.method not in options.methods:
                 continue
             wanted += [(split, job, case) for case in cases(world.pairs(things), prompts)]
-    out = []
+    return sample_work(toy, weights, path, wanted, count)
+
+
+def on_disk(path: Path) -> dict[str, dict[str, Any]]:
+    """The records in a file of results, by ``key_of``."""
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {key_of(record): record for record in records}
+
+
+def sample_work(toy: Toy, weights: str, path: Path, wanted: Sequence[Work], count: int) -> list[dict[str, Any]]:
+    """A record for each piece of work, ``count`` pictures: from the file, or sampled and appended to it."""
+    from tqdm import tqdm
+
+    done, family, out = on_disk(path), toy.family, []
     with path.open("a") as file:
         for split, job, case in tqdm(wanted, desc=f"{family}: sampling", unit="prompt"):
             seeds = list(range(FIRST_SEED[split], FIRST_SEED[split] + count))
@@ -249,6 +265,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--report", action="store_true", help="sample nothing; report on what is on disk")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help='only these, e.g. none vsf "vsf released"')
     parser.add_argument("--split", choices=["validation", "test", "both"], default="both")
+    parser.add_argument("--prompts", type=int, default=len(sampling.PROMPTS), help="prompts for each pair")
     parser.add_argument("--seeds", type=int, default=4, help="pictures for each prompt")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args(arguments)

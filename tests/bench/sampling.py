@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ WEIGHTS = TOY / "weights"
 
 
 def open_comfyui(cpu: bool = True) -> None:
-    """Puts the host's tree (VSF_COMFYUI) and the toy's modules first on sys.path, and ComfyUI on the CPU."""
+    """Puts the host's tree (VSF_COMFYUI) and the toy's modules first on sys.path, and vsf_core's folder last."""
     for folder in (TOY, Path(os.environ["VSF_COMFYUI"])):
         sys.path[:] = [str(folder), *(p for p in sys.path if p != str(folder))]
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]  # its ``nodes`` would shadow ComfyUI's
     from comfy.cli_args import args
 
+    sys.path.append(str(ROOT))  # for vsf_core; last, since the pack's ``nodes`` must not hide ComfyUI's
     args.cpu = cpu
     args.use_pytorch_cross_attention = True
 
@@ -138,8 +139,17 @@ class Toy:
             "vsf no mask": baselines.vsf_without_mask,
             "vsf no duplication": baselines.vsf_without_duplication,
         }
-        (carried,) = self.attach(case.caption, unwanted)[0][1]["vsf_negatives"]  # trimmed as the pack trims
-        return baselines.patched(model, rules[method](**own), carried.tokens), positive, empty
+        tokens = self._tokens(case.caption, unwanted)
+        if method == "distinct":
+            tokens = _less_shared(tokens, self._tokens(case.caption, case.caption), own.pop("part"))
+            return baselines.patched(model, baselines.beyond("vsf", **own), tokens), positive, empty
+        rule = rules[method] if method in rules else partial(baselines.beyond, method)
+        return baselines.patched(model, rule(**own), tokens), positive, empty
+
+    def _tokens(self, caption: str, words: str) -> Tensor:
+        """The tokens [1, n, C] of some words as a negative, trimmed as the pack trims them."""
+        (carried,) = self.attach(caption, words)[0][1]["vsf_negatives"]
+        return carried.tokens
 
     def _sample(
         self, model: Any, positive: list, negative: list, seeds: Sequence[int], steps: int, cfg: float
@@ -153,6 +163,11 @@ class Toy:
         return comfy.sample.sample(
             model, noise, steps, cfg, "euler", "simple", positive, negative, start, disable_pbar=True, seed=seeds[0]
         )
+
+
+def _less_shared(tokens: Tensor, others: Tensor, part: float) -> Tensor:
+    """``tokens`` less ``part`` of what the span of the tokens ``others`` has of them."""
+    return tokens - part * (tokens @ torch.linalg.pinv(others[0]) @ others[0])
 
 
 def load(path: Path) -> Any:

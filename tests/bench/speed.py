@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from sampling import ROOT, load_pack, open_comfyui
+from sampling import load_pack, open_comfyui
 from torch import Tensor
 
 NEGATIVE_TOKENS = 16
@@ -307,7 +307,6 @@ def kernel(name: str | None) -> Any:
 def main() -> None:
     options = parse()
     open_comfyui(options.cpu)
-    sys.path.append(str(ROOT))  # for vsf_core; last, since the pack's ``nodes`` must not hide ComfyUI's
     import speed_attention
 
     options.out.mkdir(parents=True, exist_ok=True)

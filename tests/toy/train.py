@@ -3,12 +3,13 @@
     VSF_COMFYUI=... python tests/toy/train.py --family sd3 --out sd3.safetensors --steps 4000 --resume
 
 One core does it in about an hour. The last ``--anneal`` steps show fewer scenes of parts alone, at a small learning
-rate: a part alone teaches what its word means, but also that what goes unnamed may be missing. The checkpoint beside
-the output (``.ckpt``) is written every few minutes; ``--resume`` goes on from it. A GPU is used where
-there is one.
+rate: a part alone teaches what its word means, but also that what goes unnamed may be missing. ``--start FILE`` trains
+exported weights on; with ``--anneal`` as many as ``--steps`` all of it is the last phase. The checkpoint beside the
+output (``.ckpt``) is written every few minutes; ``--resume`` goes on from it. A GPU is used where there is one.
 """
 
 import argparse
+import hashlib
 import itertools
 import math
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 sys.path.insert(0, os.environ["VSF_COMFYUI"])
@@ -152,23 +154,36 @@ def plain_attention(
     return z.transpose(1, 2).reshape(n, z.shape[2], -1)
 
 
-ANNEAL_RATE, ANNEAL_ALONE = 2e-4, 0.08
-"""Learning rate at the beginning of the last phase, and its share of scenes without a body."""
+ANNEAL_RATE = 2e-4
+"""Learning rate at the beginning of the last phase."""
 
 
 def examples(
-    name: str, family: Family, seed: int, alone: float, drop: float = 0.05
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Endless (latents, context, pooled); a share ``drop`` of the captions is empty, for CFG's sake."""
+    name: str, family: Family, seed: int, alone: float, part_weight: float, drop: float = 0.05
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Endless (latents, weight, context, pooled); a share ``drop`` of the captions is empty, for CFG's sake.
+
+    weight: what a pixel's error counts, broadcast over the latents' channels.
+    """
     embed = captions.Captions(name)
     g = torch.Generator().manual_seed(seed)
     menu = enumerate(family.menu)
     sources = [world.batches(seed + k, batch, frames=frames, alone=alone) for k, (frames, batch) in menu]
     for source in itertools.cycle(sources):
-        pictures, texts = next(source)
+        pictures, texts, parts = next(source)
         dropped = torch.rand(len(texts), generator=g) < drop
         kept = ["" if gone else words for gone, words in zip(dropped.tolist(), texts, strict=True)]
-        yield family.encode(torch.from_numpy(pictures.copy())), *embed(kept)
+        weight = 1 + (part_weight - 1) * torch.from_numpy(parts.astype("float32"))
+        yield family.encode(torch.from_numpy(pictures.copy())), weight, *embed(kept)
+
+
+def begin_with(path: Path, model: torch.nn.Module) -> None:
+    """Loads exported weights, by the model's own names and without the columns that no text fills here."""
+    state, own = tiny.unpacked(load_file(path)), model.state_dict()
+    named = {key if key in own else key.replace("_norm.scale", "_norm.weight"): value for key, value in state.items()}
+    model.load_state_dict(
+        {key: value[:, : own[key].shape[1]] if value.ndim == 2 else value for key, value in named.items()}
+    )
 
 
 def random_sigmas(n: int, shift: float, g: torch.Generator) -> Tensor:
@@ -178,13 +193,16 @@ def random_sigmas(n: int, shift: float, g: torch.Generator) -> Tensor:
 
 
 def rate(step: int, steps: int, anneal: int, top: float, warm: int = 150) -> float:
-    """Warm-up, then a cosine down to a hundredth; another one down to nothing over the last ``anneal`` steps."""
+    """Warm-up, then a cosine down to a hundredth; another one down to nothing over the last ``anneal`` steps.
+
+    With no other steps than these, it goes down from ``top``.
+    """
     main = steps - anneal
-    if step < warm:
-        return top * (step + 1) / warm
+    if step < min(warm, steps // 10):
+        return top * (step + 1) / min(warm, steps // 10)
     if step < main:
         return top * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, main - warm))))
-    return ANNEAL_RATE * 0.5 * (1 + math.cos(math.pi * (step - main) / anneal))
+    return (ANNEAL_RATE if main else top) * 0.5 * (1 + math.cos(math.pi * (step - main) / anneal))
 
 
 def train(options: argparse.Namespace) -> None:
@@ -194,6 +212,8 @@ def train(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     family = FAMILIES[options.family]()
     model = family.build().to(device).train()
+    if options.start:
+        begin_with(options.start, model)
     average = {key: value.detach().clone() for key, value in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     start, spent, checkpoint = 0, 0.0, options.out.with_suffix(".ckpt")
@@ -207,10 +227,13 @@ def train(options: argparse.Namespace) -> None:
     began = last_save = time.monotonic()
     losses = []
     main = options.steps - options.anneal
-    phases = [examples(options.family, family, options.seed + start, alone) for alone in (world.ALONE, ANNEAL_ALONE)]
+    phases = [
+        examples(options.family, family, options.seed + start, alone, options.part_weight)
+        for alone in (world.ALONE, options.alone)
+    ]
     for step in range(start, options.steps):
         annealing = step >= main
-        data, context, pooled = next(phases[annealing])
+        data, weight, context, pooled = next(phases[annealing])
         for group in optimizer.param_groups:
             group["lr"] = rate(step, options.steps, options.anneal, options.rate)
         sigma = random_sigmas(len(data), family.shift, g)
@@ -221,7 +244,8 @@ def train(options: argparse.Namespace) -> None:
         with torch.autograd.graph.allow_mutation_on_saved_tensors():  # Flux adds to its residual in place
             with torch.autocast(device.type, torch.bfloat16):
                 velocity = family.predict(model, *inputs)
-            loss = torch.nn.functional.mse_loss(velocity.float(), (noise - data).to(device))
+            weight = (weight / weight.mean()).to(device)
+            loss = (weight * (velocity.float() - (noise - data).to(device)).square()).mean()
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -248,16 +272,18 @@ def train(options: argparse.Namespace) -> None:
 
 def export(average: dict[str, Tensor], options: argparse.Namespace, steps: int, seconds: float) -> None:
     """Writes the averaged weights as tests/toy/weights has them, with how they were made as metadata."""
-    from safetensors.torch import save_file
-
     made = {
         "family": options.family,
         "steps": f"{steps} of {options.steps}",
         "batch": ", ".join(str(batch) for _, batch in FAMILIES[options.family].menu),
         "seed": str(options.seed),
+        "alone": f"{options.alone:g}",
+        "part_weight": f"{options.part_weight:g}",
         "minutes": f"{seconds / 60:.0f}",
         "torch": torch.__version__,
     }
+    if options.start:
+        made["start"] = hashlib.sha256(options.start.read_bytes()).hexdigest()[:12]
     part = options.out.with_suffix(".part.safetensors")
     state = {key: value.float().cpu().contiguous() for key, value in average.items()}
     save_file(tiny.packed(state), part, metadata=made)
@@ -270,6 +296,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--anneal", type=int, default=500, help="how many of the steps are the last phase")
+    parser.add_argument("--start", type=Path, metavar="FILE", help="begin with these weights instead of random ones")
+    parser.add_argument("--alone", type=float, default=0.08, help="the last phase's share of scenes of parts alone")
+    parser.add_argument(
+        "--part-weight",
+        type=float,
+        default=1.0,
+        help="what an error in a pixel of a part counts: parts vary in place more than they are large, so that most "
+        "pixels that may be a part's are none's in most pictures, and a toy forgets small parts",
+    )
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)

@@ -8,7 +8,7 @@ Lengths are pixels. Shapes live in the object's own axes: u to the right from it
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
@@ -91,7 +91,7 @@ THINGS = (
                 "window",
                 CYAN,
                 (-3.5, 5),
-                {"square": (("box", -5.4, 3.2, -1.6, 7),), "wide": (("box", -6.2, 4.4, -0.4, 7),)},
+                {"square": (("box", -6, 2.4, -0.8, 7.6),), "wide": (("box", -6.4, 3.6, 0.4, 7.6),)},
                 shift=(0.3, 0.8),
             ),
         ),
@@ -131,8 +131,8 @@ THINGS = (
                 PURPLE,
                 (0, 16),
                 {
-                    "tall": (("box", -2.6, 16, 2.6, 22), ("box", -4.6, 15.6, 4.6, 17.2)),
-                    "pointed": (("triangle", -4.2, 15.6, 4.2, 15.6, 0, 22),),
+                    "tall": (("box", -3.2, 16, 3.2, 22.4), ("box", -5.2, 15.6, 5.2, 17.6)),
+                    "pointed": (("triangle", -5.2, 15.6, 5.2, 15.6, 0, 23),),
                 },
                 shift=(0.6, 0),
             ),
@@ -150,7 +150,7 @@ THINGS = (
                 "nose",
                 ORANGE,
                 (0, 13),
-                {"long": (("box", -0.4, 12, 5.6, 14),), "round": (("disc", 0, 13, 1.8),)},
+                {"long": (("box", -0.8, 11.4, 7.4, 14.6),), "round": (("disc", 0, 13, 2.9),)},
                 shift=(0.4, 0.4),
             ),
         ),
@@ -215,7 +215,7 @@ THINGS = (
                 "saddle",
                 BROWN,
                 (-2.6, 11.5),
-                {"flat": (("box", -5.6, 10.8, 0.4, 13),), "round": (("disc", -2.6, 12.4, 2.2),)},
+                {"flat": (("box", -6.4, 10.6, 1.2, 14),), "round": (("disc", -2.6, 12.6, 3.1),)},
                 shift=(0.4, 0.3),
             ),
             Part(
@@ -294,10 +294,10 @@ THINGS = (
                 RED,
                 (0, 16.5),
                 {
-                    "round": (("disc", -4.6, 16.8, 2.4), ("disc", 4.6, 16.8, 2.4)),
+                    "round": (("disc", -4.8, 17, 3), ("disc", 4.8, 17, 3)),
                     "pointed": (
-                        ("triangle", -7.6, 15, -2, 16.6, -5.6, 20.6),
-                        ("triangle", 7.6, 15, 2, 16.6, 5.6, 20.6),
+                        ("triangle", -8.4, 14.6, -1.4, 16.4, -5.8, 21.6),
+                        ("triangle", 8.4, 14.6, 1.4, 16.4, 5.8, 21.6),
                     ),
                 },
                 shift=(0.3, 0.2),
@@ -509,19 +509,25 @@ def words() -> list[str]:
 
 def batches(
     seed: int, size: int, chunk: int = 32, frames: int = 0, alone: float = ALONE
-) -> Iterator[tuple[Array, list[str]]]:
-    """Endless training batches: pictures [size, 3, 32, 32] and captions; ``chunk`` batches are drawn at a time.
+) -> Iterator[tuple[Array, list[str], Mask]]:
+    """Endless training batches: pictures [size, 3, 32, 32], captions, and where parts show [size, 1, 32, 32].
 
-    With ``frames``, clips [size, 3, frames, 32, 32]. alone: as in ``sample_scenes``.
+    With ``frames``, clips [size, 3, frames, 32, 32]. ``chunk`` batches are drawn at a time. alone: as in
+    ``sample_scenes``.
     """
     rng = np.random.default_rng(seed)
     while True:
         share = rng.multinomial(size * chunk, [1 / len(THINGS)] * len(THINGS))
         groups = [sample_scenes(rng, thing, n, alone) for thing, n in zip(THINGS, share, strict=True)]
-        pictures = np.concatenate([draw_clips(scenes, frames) if frames else draw(scenes) for scenes in groups])
+        bare = [replace(scenes, present=np.zeros_like(scenes.present)) for scenes in groups]
+        pictures, without = (
+            np.concatenate([draw_clips(scenes, frames) if frames else draw(scenes) for scenes in some])
+            for some in (groups, bare)
+        )
+        parts = (pictures != without).any(axis=1, keepdims=True)
         texts = [text for scenes in groups for text in captions(rng, scenes)]
         for rows in rng.permutation(size * chunk).reshape(chunk, size):
-            yield pictures[rows], [texts[row] for row in rows]
+            yield pictures[rows], [texts[row] for row in rows], parts[rows]
 
 
 # -- what is in a picture ---------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import re
 import sys
 from collections.abc import Sequence
@@ -175,7 +176,7 @@ def selects_tests(arguments: list[str]) -> bool:
 
 
 def lint(python: Path) -> int:
-    """Runs ruff and the type checkers as their files configure them, and bandit; always all, to show everything."""
+    """Runs ruff, the type checkers as their files configure them, bandit and actionlint; always all of them."""
     status = 0
     checks = (
         ("ruff", ["check", "."]),
@@ -186,6 +187,12 @@ def lint(python: Path) -> int:
     for name, arguments in checks:
         print(f"== {name} {' '.join(arguments)}".rstrip(), flush=True)
         status = process.run([str(python), "-m", name, *arguments], cwd=str(ROOT)) or status
+    actionlint = python.with_name("actionlint")  # there is a build for Linux on x86-64 alone
+    if (sys.platform, platform.machine()) == ("linux", "x86_64"):
+        print("== actionlint", flush=True)
+        if not actionlint.exists():
+            raise HostError(f"actionlint is missing there: {python} -m pip install -r tests/requirements.txt")
+        status = process.run([str(actionlint)], cwd=str(ROOT)) or status
     return status
 
 

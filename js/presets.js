@@ -26,6 +26,12 @@ export const PRESETS = {
 };
 
 /**
+ * What a preset sets: they are all of one method.
+ * @param {string} name
+ */
+const settingsOf = (name) => (name in PRESETS ? { method: "vsf", ...PRESETS[name] } : {});
+
+/**
  * @param {GraphNode} node
  * @param {string} name
  */
@@ -38,7 +44,7 @@ const widgetOf = (node, name) => node.widgets?.find((w) => w.name === name);
 function presetOf(node) {
   const names = Object.keys(PRESETS);
   /** @param {string} name */
-  const isSet = (name) => Object.entries(PRESETS[name]).every(([key, value]) => widgetOf(node, key)?.value === value);
+  const isSet = (name) => Object.entries(settingsOf(name)).every(([key, value]) => widgetOf(node, key)?.value === value);
   return names.find(isSet) ?? CUSTOM;
 }
 
@@ -56,7 +62,7 @@ function sync(node) {
  * @param {string} name
  */
 function choose(node, name) {
-  for (const [key, value] of Object.entries(PRESETS[name] ?? {})) {
+  for (const [key, value] of Object.entries(settingsOf(name))) {
     const widget = widgetOf(node, key);
     if (!widget) continue;
     widget.value = value;
@@ -80,7 +86,7 @@ function addPresets(node) {
   });
   preset.serialize = false; // not in the workflow, whose values go by position: it has to stay the last widget
   sync(node);
-  for (const name of ["scale", "offset", "layout"]) {
+  for (const name of ["scale", "offset", "layout", "method"]) {
     const widget = widgetOf(node, name);
     const told = widget?.callback;
     if (widget) {

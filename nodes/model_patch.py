@@ -2,10 +2,11 @@
 
 from comfy_api.latest import io
 
+from ..vsf_core import NAG, NASA, Guidance
 from .blocks import parse_blocks
 from .checks import finite_number, shown
 from .families import family_of
-from .seams import LAYOUTS, Settings, VSFPatch
+from .seams import LAYOUTS, METHODS, Settings, VSFPatch
 
 
 class VSFModelPatch(io.ComfyNode):
@@ -77,6 +78,59 @@ class VSFModelPatch(io.ComfyNode):
                     tooltip="Flux Kontext: whether the reference images' tokens see the negative too. Masks of "
                     "negatives never apply to them.",
                 ),
+                io.Combo.Input(
+                    "method",
+                    options=list(METHODS),
+                    default="vsf",
+                    optional=True,
+                    advanced=True,
+                    tooltip="vsf: value sign flip, with scale, offset and layout. nag: normalized attention guidance. "
+                    "nasa: negative-aware attention. All in one pass, each with its own inputs below; the others' are "
+                    "not used.",
+                ),
+                io.Float.Input(
+                    "nag_scale",
+                    default=5.0,
+                    min=1.0,
+                    max=100.0,
+                    step=0.1,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Method nag: how far the picture goes past the positive, away from the negative; 1 is not "
+                    "at all. phi + 1 in the paper: 5, and 12 for strong.",
+                ),
+                io.Float.Input(
+                    "nag_alpha",
+                    default=0.25,
+                    min=0.0,
+                    max=1.0,
+                    step=0.005,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Method nag: how much of that is blended in. The paper: 0.125, and 0.5 for strong.",
+                ),
+                io.Float.Input(
+                    "nag_tau",
+                    default=2.5,
+                    min=0.01,
+                    max=100.0,
+                    step=0.1,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Method nag: how many times longer than without it the result may get, at each token. The "
+                    "paper: 2.5, and 5 for strong.",
+                ),
+                io.Float.Input(
+                    "nasa_scale",
+                    default=0.25,
+                    min=-20.0,
+                    max=20.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Method nasa: phi, how much of what the negative would make is taken away. Usually 0.15 to "
+                    "0.25; the paper tries up to 0.5.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The patched model, for any sampler or guider.")],
         )
@@ -92,6 +146,11 @@ class VSFModelPatch(io.ComfyNode):
         blocks: str = "",
         layout: str = "paper",
         affect_references: bool = True,
+        method: str = "vsf",
+        nag_scale: float = 5.0,
+        nag_alpha: float = 0.25,
+        nag_tau: float = 2.5,
+        nasa_scale: float = 0.25,
     ) -> io.NodeOutput:
         scale, offset = finite_number("scale", scale), finite_number("offset", offset)
         start_percent = finite_number("start_percent", start_percent)
@@ -103,11 +162,21 @@ class VSFModelPatch(io.ComfyNode):
             )
         if layout not in LAYOUTS:
             raise ValueError(f'VSF: layout must be one of {", ".join(LAYOUTS)}, got "{shown(layout)}".')
+        if method not in METHODS:
+            raise ValueError(f'VSF: method must be one of {", ".join(METHODS)}, got "{shown(method)}".')
+        guide: Guidance | None = None
+        if method == "nag":
+            nag_alpha, nag_tau = finite_number("nag_alpha", nag_alpha), finite_number("nag_tau", nag_tau)
+            scale, offset, guide = finite_number("nag_scale", nag_scale), 0.0, NAG(nag_alpha, nag_tau)
+        elif method == "nasa":
+            scale, offset, guide = finite_number("nasa_scale", nasa_scale), 0.0, NASA()
         if model is None:
             raise ValueError("VSF: model is None: the node before gave no model. Connect a model loader.")
         family = family_of(model.model)
         parse_blocks(blocks, family.block_counts(model.model.diffusion_model))
         patched = model.clone()
-        settings = Settings(scale, offset, start_percent, end_percent, blocks or "", layout, affect_references)
+        settings = Settings(
+            scale, offset, start_percent, end_percent, blocks or "", layout, affect_references, method, guide
+        )
         VSFPatch(settings, family).install(patched)
         return io.NodeOutput(patched)

@@ -85,3 +85,14 @@ def _check_batch(what: str, given: Tensor, latent: Tensor) -> None:
             f"VSF: the negative's {what} is a batch of {given.shape[0]}, but {latent.shape[0]} pictures are "
             "sampled. Give it one for all, or one for each picture."
         )
+
+
+def check_guided(method: str, entries: Sequence[dict]) -> None:
+    """Raises ``ValueError`` for an entry whose negatives NAG and NASA, to which they are one, cannot take together."""
+    for entry in entries:
+        negatives = negatives_of(entry)
+        if len({(n.strength, id(n.mask), n.frames) for n in negatives}) > 1:
+            raise ValueError(
+                f"VSF: method {method} takes several negatives as one, but {len(negatives)} here differ in strength, "
+                "mask or frames. Make these the same, or set method to vsf on VSF Model Patch."
+            )

@@ -24,11 +24,15 @@ from torch import Tensor
 
 from ..vsf_core import (
     LAYERS,
+    Guidance,
     LSEAttention,
     TokenLayout,
     cross_attention,
+    cross_attention_guided,
     cross_attention_masked,
     joint_attention,
+    joint_attention_guided,
+    joint_attention_guided_masked,
     joint_attention_masked,
     layer_of,
 )
@@ -38,7 +42,7 @@ from .families import Family, Released
 from .host_attention import OVERRIDE, Backend, HostAttention, choose_backend
 from .host_check import changed_host
 from .negative import KEY, PREFIX, Negative, count_tokens, negatives_of, picture_of, step_conds
-from .run_check import check_negatives
+from .run_check import check_guided, check_negatives
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +57,15 @@ SCALES_KEY = "vsf_scales"
 COMPILED_MULTIPLE = 16
 """Under torch.compile N is padded to a multiple of this, so that another negative seldom means another graph."""
 LAYOUTS = ("paper", "released")
+METHODS = ("vsf", "nag", "nasa")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What ``VSFModelPatch`` was set to. scale: alpha; offset: beta; start, end: the window in percent (0..1)."""
+    """What ``VSFModelPatch`` was set to. scale: alpha; offset: beta; start, end: the window in percent (0..1).
+
+    method: by name; guide: None is VSF, anything else takes phi for alpha and no beta.
+    """
 
     scale: float
     offset: float
@@ -66,6 +74,12 @@ class Settings:
     blocks: str
     layout: str
     affect_references: bool
+    method: str = "vsf"
+    guide: Guidance | None = None
+
+    def push(self, scale: float) -> float:
+        """Alpha, or the phi that people set as NAG's scale: 1 + phi."""
+        return scale - 1 if self.method == "nag" else scale
 
 
 @dataclass(eq=False)
@@ -107,6 +121,8 @@ class Forward:
     padding: Tensor | None
     released: Released | None
     """Set where the layout is that of the authors' released pipeline."""
+    guide: Guidance | None
+    """NAG or NASA; None is VSF."""
     hidden: Tensor | None
     """bool [B, N]: which tokens of N, where the released layout shows it as ordinary text, are padding."""
     backend: Backend
@@ -165,6 +181,11 @@ class Forward:
         """Whether the image sees N1 in this block."""
         return block in self.run.selected and (self.released is None or block[0] in self.released.kinds)
 
+    @property
+    def phi(self) -> Tensor:
+        """What ``guide`` takes for alpha, [B or 1, 1, 1]: all tokens of a negative have the first one's."""
+        return self.alpha[:, :1]
+
     def real_tokens(self) -> Tensor:
         """int [B or 1]: how many of N's tokens are no padding."""
         if self.padding is None:
@@ -178,7 +199,7 @@ class Forward:
         blocks = "".join(str(int(block in self.run.selected)) for block in self.run.blocks)
         b = self.backend
         attention = (b.library, b.attend and b.attend.__name__, b.deaf is None)
-        return "_".join(map(str, (*shapes, *map(int, kinds), *attention, blocks)))
+        return "_".join(map(str, (*shapes, *map(int, kinds), *attention, blocks, self.guide or "")))
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,6 +252,11 @@ class VSFPatch:
                 f"VSF: layout released does what the authors' own pipeline does, and they have none for "
                 f"{self.family.title}. Set layout to paper."
             )
+        if self.settings.layout == "released" and self.settings.guide is not None:
+            raise ValueError(
+                f"VSF: layout released is one of VSF's, and method {self.settings.method} has none. Set layout to "
+                "paper, or method to vsf."
+            )
         kinds = comfy.patcher_extension.WrappersMP
         if patcher.get_wrappers(kinds.CALC_COND_BATCH, WRAPPER_KEY):
             raise ValueError(
@@ -269,6 +295,8 @@ class VSFPatch:
         patcher = guider.model_patcher  # which has not put its object patches in place yet
         dtype = patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
         check_negatives(self.family, self._mixes_pooled(), [e for _, e in entries], diffusion_model, latent, dtype)
+        if self.settings.guide is not None:
+            check_guided(self.settings.method, [e for _, e in entries])
         counts = self.family.block_counts(diffusion_model)
         scales = options.get(SCALES_KEY, (self.settings.scale,))
         if SCALES_KEY in options and len(scales) != latent.shape[0]:
@@ -366,7 +394,8 @@ class VSFPatch:
             offset, pooled = self.settings.offset, self._mixes_pooled()
             ready = [tuple(self.family.embedded(n, model, x_in.device) for n in group) for group in groups]
             run.tokens = max(map(count_tokens, ready))
-            run.cache[key] = groups, step_conds(ready, run.scales, offset, x_in, pooled, window)
+            pushes = [self.settings.push(scale) for scale in run.scales]
+            run.cache[key] = groups, step_conds(ready, pushes, offset, x_in, pooled, window)
         return {
             id(entry): {**added, **_length_of(entry)} for entry, added in zip(entries, run.cache[key][1], strict=True)
         }
@@ -416,6 +445,11 @@ class VSFPatch:
         text = context.shape[1] + -context.shape[1] % self.family.text_multiple(diffusion_model)
         width = self.family.attention_width(diffusion_model)
         others, recorded = (*references, padding), RECORD_KEY in transformer_options
+        if recorded and self.settings.guide is not None:
+            raise ValueError(
+                "VSF: VSF Record shows how much of the attention falls on the negative (1 - W), and method "
+                f"{self.settings.method} has no such part. Remove VSF Record, or set method to vsf on VSF Model Patch."
+            )
         forward = self._forward(run, ours, text, latent, others, backend, width, recorded)
         if kwargs.get("attention_mask") is not None:
             kwargs["attention_mask"] = _grown_mask(kwargs["attention_mask"], tokens.shape[1], c_crossattn.shape[1])
@@ -521,6 +555,7 @@ class VSFPatch:
             nowhere=image_bias if all_selected else torch.full_like(image_bias, torch.inf),
             padding=is_padding if is_padding.shape[1] > 1 else None,
             released=self._released,
+            guide=self.settings.guide,
             hidden=is_padding.expand(-1, length) if self._released is not None and ours["mixed"] else None,
             backend=backend,
             text=text,
@@ -613,7 +648,7 @@ class VSFPatch:
             run.reported = True
             s = self.settings
             log.info(
-                f"VSF: {self.family.title}: {run.tokens} negative tokens, scale "
+                f"VSF: {self.family.title}: {run.tokens} negative tokens, method {s.guide or s.method}, scale "
                 f"{', '.join(f'{scale:g}' for scale in run.scales)}, offset {s.offset:g}, "
                 f"layout {s.layout}, {len(run.selected)} of {len(run.blocks)} blocks, "
                 f"reached {int(reached.count_nonzero())}, attention: {', '.join(sorted(run.paths)) or 'compiled'}"
@@ -766,10 +801,15 @@ def _cross_override(previous: Callable | None, func: Callable, *args: Any, **kwa
     place: Place | None = host.options.get(PLACE_KEY)
     if place is None:
         place = forward.place_outside(host.options)
-    shared = (q, *positive, *negative, forward.alpha, forward.bias_for(place, host.queries))
+    bias = forward.bias_for(place, host.queries)
+    shared = (q, *positive, *negative, forward.alpha, bias)
     attend = forward.backend.attention(host) if mask is None else None
-    if not place.enter(forward.run, _path(forward.backend, host, attend)):
+    path = _path(forward.backend, host, attend) if forward.guide is None else "two cross-attentions"
+    if not place.enter(forward.run, path):
         out = host.black_box(q, *positive, mask)
+    elif forward.guide is not None:
+        steering = (forward.guide, forward.phi, _presence(bias), forward.backend.masked(host))
+        out = cross_attention_guided(q, *positive, *negative, *steering, forward.padding, mask)
     elif attend is not None:
         out = cross_attention(*shared, attend, host.scale, place.share(host.queries))
     else:
@@ -837,11 +877,23 @@ def _joint(host: HostAttention, layout: TokenLayout, place: Place) -> Tensor:
     share = place.share(layout.image)
     if ordinary:
         out = masked(q, k, v, mask)
+    elif bias is not None and forward.guide is not None:
+        guided = (q, k, v, layout, forward.guide, forward.phi, _presence(bias))
+        if attend is not None:
+            out = joint_attention_guided(*guided, attend, forward.padding, host.scale)
+        else:
+            out = joint_attention_guided_masked(*guided, masked, forward.padding, mask)
     elif attend is not None:
         out = joint_attention(*shared, attend, forward.padding, host.scale, share)
     else:
         out = joint_attention_masked(*shared, masked, forward.padding, mask, share)
     return host.join(out)
+
+
+def _presence(bias: Tensor) -> Tensor:
+    """[B or 1, I or 1, 1]: how much of NAG's or NASA's steering an image token takes, from a beta that knows of masks,
+    of blocks that are not selected and of padding, and is 0 elsewhere."""
+    return torch.exp(-bias.amin(dim=-1, keepdim=True))
 
 
 def _path(backend: Backend, host: HostAttention, attend: LSEAttention | None) -> str:

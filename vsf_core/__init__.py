@@ -13,21 +13,35 @@ from .attention import cross_attention, cross_attention_masked, joint_attention,
 from .attention_map import LAYERS, AttentionRecord, heat_colors, laid_over, layer_of
 from .backends import LSEAttention, lse_attention
 from .embeddings import content_length, extrapolate, null_embedding, whole_embedding_flip
+from .guidance import (
+    NAG,
+    NASA,
+    Guidance,
+    cross_attention_guided,
+    joint_attention_guided,
+    joint_attention_guided_masked,
+)
 from .layout import TokenLayout
 from .reference import cross_attention_reference, joint_attention_reference, joint_mask
 
 __all__ = [
     "LAYERS",
+    "NAG",
+    "NASA",
     "AttentionRecord",
+    "Guidance",
     "LSEAttention",
     "TokenLayout",
     "content_length",
     "cross_attention",
+    "cross_attention_guided",
     "cross_attention_masked",
     "cross_attention_reference",
     "extrapolate",
     "heat_colors",
     "joint_attention",
+    "joint_attention_guided",
+    "joint_attention_guided_masked",
     "joint_attention_masked",
     "joint_attention_reference",
     "joint_mask",

@@ -53,7 +53,7 @@ def merge_negative_(
     bias = bias[:, None]
     # A bias that is the same for all negative keys moves out of their softmax: lse- = lse(q K-^T) - beta.
     merge_rows = _merge_uniform_ if bias.shape[-1] == 1 else _merge_per_token_
-    for rows in _row_chunks(z, k_neg.shape[2]):
+    for rows in row_chunks(z, k_neg.shape[2]):
         beta = bias[:, :, rows] if bias.shape[2] > 1 else bias
         weight = merge_rows(z[:, :, rows], lse[:, :, rows, None], q[:, :, rows], k_neg, flipped, beta, attend, scale)
         if share is not None:
@@ -85,7 +85,7 @@ def _merge_per_token_(
     return negative
 
 
-def _row_chunks(z: Tensor, negative: int) -> Iterator[slice]:
+def row_chunks(z: Tensor, negative: int) -> Iterator[slice]:
     batch, heads, rows, dim = z.shape
     per_row = batch * heads * max(dim, negative) * 4
     step = max(1, SLIVER_BYTES.get(z.device.type, OTHER_SLIVER_BYTES) // per_row)
@@ -120,7 +120,7 @@ def joint_attention(
         negative = k[:, :, n], v[:, :, n]
         merge_negative_(z[:, :, i], lse[:, :, i], q[:, :, i], *negative, alpha, hidden, attend, scale, share)
     z_n, lse_n = attend(q[:, :, n], k[:, :, i], v[:, :, i], scale)
-    visible = _padding_bias(padding, q)
+    visible = padding_bias(padding, q)
     z[:, :, n] = merge_negative_(z_n, lse_n, q[:, :, n], k[:, :, n], v[:, :, n], -1.0, visible, attend, scale)
     return z
 
@@ -144,7 +144,7 @@ def joint_attention_masked(
     """
     i, p, n = layout.span("I"), layout.span("P"), layout.span("N")
     given = q.new_zeros(1, 1, 1, layout.length) if mask is None else mask.to(q.dtype)
-    visible = -_padding_bias(padding, q).to(q.dtype)[:, None]
+    visible = -padding_bias(padding, q).to(q.dtype)[:, None]
     keys, values = layout.without_negative(k), layout.without_negative(v)
     out = torch.empty_like(q)
 
@@ -161,17 +161,17 @@ def joint_attention_masked(
         flipped = v.clone()
         flipped[:, :, n] *= -alpha[:, None].to(v.dtype)
         varies = bias.shape[1] > 1 or given.shape[2] > 1
-        for chunk in _row_chunks(q[:, :, i], layout.length) if varies else [slice(0, layout.image)]:
+        for chunk in row_chunks(q[:, :, i], layout.length) if varies else [slice(0, layout.image)]:
             image = slice(i.start + chunk.start, i.start + chunk.stop)
             beta = bias[:, chunk] if bias.shape[1] > 1 else bias
-            seen = _add_columns(rows(image), n, visible - beta[:, None].to(q.dtype))
+            seen = add_columns(rows(image), n, visible - beta[:, None].to(q.dtype))
             out[:, :, image] = attend(q[:, :, image], k, flipped, seen)
             if share is not None:
                 share[:, chunk] += _weight_on(n, q[:, :, image], k, seen, attend)
     if layout.positive:
         out[:, :, p] = plain(p)
     if layout.negative:
-        isolated = _add_columns(rows(n), n, visible)
+        isolated = add_columns(rows(n), n, visible)
         isolated[..., p] = -torch.inf
         out[:, :, n] = attend(q[:, :, n], k, v, isolated)
     return out
@@ -184,14 +184,14 @@ def _weight_on(columns: slice, q: Tensor, k: Tensor, mask: Tensor, attend: Atten
     return attend(q, k, ones, mask)[..., 0].float().mean(dim=1)
 
 
-def _padding_bias(padding: Tensor | None, like: Tensor) -> Tensor:
+def padding_bias(padding: Tensor | None, like: Tensor) -> Tensor:
     """[B or 1, 1, N or 1]: 0 on real negative tokens, +inf on padding."""
     if padding is None:
         return like.new_zeros(1, 1, 1, dtype=torch.float32)
     return torch.zeros_like(padding, dtype=torch.float32).masked_fill(padding, torch.inf)[:, None]
 
 
-def _add_columns(rows: Tensor, columns: slice, values: Tensor) -> Tensor:
+def add_columns(rows: Tensor, columns: slice, values: Tensor) -> Tensor:
     """A copy of ``rows`` [b, 1, r, L] with ``values`` added to ``columns``, broadcast over batch and rows."""
     total = rows[..., columns] + values
     out = rows.expand(total.shape[0], 1, total.shape[2], -1).clone()
@@ -238,11 +238,11 @@ def cross_attention_masked(
     if mask is not None:
         rows = F.pad(mask.to(q.dtype), (k_neg.shape[2], 0))
     if bias.shape[1] == 1 and share is None:
-        return attend(q, keys, values, _add_columns(rows, negative, -bias[:, None].to(q.dtype)))
+        return attend(q, keys, values, add_columns(rows, negative, -bias[:, None].to(q.dtype)))
     out = torch.empty_like(q)
-    for chunk in _row_chunks(q, keys.shape[2]) if bias.shape[1] > 1 else [slice(0, q.shape[2])]:
+    for chunk in row_chunks(q, keys.shape[2]) if bias.shape[1] > 1 else [slice(0, q.shape[2])]:
         beta = bias[:, chunk] if bias.shape[1] > 1 else bias
-        mask = _add_columns(rows, negative, -beta[:, None].to(q.dtype))
+        mask = add_columns(rows, negative, -beta[:, None].to(q.dtype))
         out[:, :, chunk] = attend(q[:, :, chunk], keys, values, mask)
         if share is not None:
             share[:, chunk] += _weight_on(negative, q[:, :, chunk], keys, mask, attend)

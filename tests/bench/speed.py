@@ -134,18 +134,19 @@ def all_methods(shape: Shape, model: Any, pack: Mapping[str, Any]) -> dict[str, 
     black_box = patched.clone()
     black_box.model_options["transformer_options"]["optimized_attention_override"] = lambda f, *a, **kw: f(*a, **kw)
     guided = NAGuidance.execute(model, 12.0, 0.5, 5.0).result[0]
-    rules = {
-        "VSF, dense mask (the paper's way)": baselines.vsf_dense(SCALE, OFFSET),
-        "NAG, one pass": baselines.nag(11.0, 0.5, 5.0),
-        "NASA, one pass": baselines.nasa(0.4),
+    dense = baselines.patched(model, baselines.vsf_dense(SCALE, OFFSET), unwanted[0][0])
+    others = {
+        "NAG, one pass": {"method": "nag", "nag_scale": 12.0, "nag_alpha": 0.5, "nag_tau": 5.0},
+        "NASA, one pass": {"method": "nasa", "nasa_scale": 0.4},
     }
     return {
         "plain": Method(model, positive, padded),
         "VSF": Method(patched, attached, padded),
         "VSF, row mask (no log-sum-exp)": Method(black_box, attached, padded),
+        "VSF, dense mask (the paper's way)": Method(dense, positive, padded),
         **{
-            name: Method(baselines.patched(model, rule, unwanted[0][0]), positive, padded)
-            for name, rule in rules.items()
+            name: Method(pack["VSFModelPatch"].execute(model=model, **inputs).result[0], attached, padded)
+            for name, inputs in others.items()
         },
         "NAG, ComfyUI's": Method(guided, positive, padded),
         "CFG": Method(model, positive, padded, cfg=2.5),

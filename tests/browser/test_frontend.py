@@ -310,7 +310,16 @@ def test_presets_set_the_numbers_that_are_sent(demo, shot):
     )
     assert labels[0] == "Quality: 3.3 / 0.2 (untested here)" and labels[-1] == "Custom"
     saved = demo.evaluate("() => t.one('VSFModelPatch').serialize().widgets_values")
-    assert saved == [2, 0.2, 0, 1, "", "paper", True]
+    assert saved == [2, 0.2, 0, 1, "", "paper", True, "vsf", 5, 0.25, 2.5, 0.25]
+
+
+def test_presets_are_of_one_method(demo):
+    state = "() => [t.widget('VSFModelPatch', 'preset').value, t.widget('VSFModelPatch', 'method').value]"
+    assert demo.evaluate(state) == ["quality", "vsf"]
+    edit(demo, "const w = t.widget('VSFModelPatch', 'method'); w.value = 'nag'; w.callback('nag')")
+    assert demo.evaluate(state) == ["custom", "nag"]
+    choose(demo, "quality")
+    assert demo.evaluate(state) == ["quality", "vsf"]
 
 
 def test_preset_is_chosen_with_the_mouse(demo):

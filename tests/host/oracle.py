@@ -25,7 +25,8 @@ class Expect:
 
     negative [1, n, C]; alpha: float or [n]; beta: float; keep: [I, n] in 0..1, for a UNet a dict of these by I, or
     None; blocks: indices that see N, counted over all blocks that have text; pooled [1, C']: the negative's, where the
-    released pipeline mixes it in.
+    released pipeline mixes it in; guide: NAG or NASA in VSF's place, (Z+, Z-) -> Z [B, I, H*D], where one of a token's
+    ``keep`` tells how much of that it takes.
     """
 
     positive: torch.Tensor
@@ -35,6 +36,7 @@ class Expect:
     keep: torch.Tensor | dict | None = None
     blocks: frozenset | None = None
     pooled: torch.Tensor | None = None
+    guide: object = None
 
 
 @dataclass
@@ -98,7 +100,20 @@ def listing_1(q, k, v, heads, image, positive, n, expect, block, user_mask=None,
         if record is not None and (expect.blocks is None or block in expect.blocks):
             record.shares.append((block, weights[:, :, i, n1].sum(-1).mean(1)))
 
-    return dense(q, k, v, heads, allowed, bias, seen).to(q.dtype)
+    if expect.guide is None:
+        return dense(q, k, v, heads, allowed, bias, seen).to(q.dtype)
+    acts = expect.blocks is None or block in expect.blocks
+    allowed[i, n1] = False
+    z = dense(q, k, v, heads, allowed, bias)
+    allowed[i, p], allowed[i, n0] = False, allowed[n0, n0][:1]  # N in P's place
+    return steered(z, i, dense(q, k, v, heads, allowed, bias), expect, acts).to(q.dtype)
+
+
+def steered(z, i, z_neg, expect, acts):
+    """z [B, L, H*D], whose rows ``i`` are Z+, with NAG's or NASA's result there."""
+    share = torch.tensor(float(acts)) if expect.keep is None else expect.keep.double().amax(-1)[:, None] * acts
+    z[:, i] += share * (expect.guide(z[:, i], z_neg[:, i]) - z[:, i])
+    return z
 
 
 def sd3_attention(original, image, positive, n, expect, record, released, user_mask):
@@ -238,7 +253,7 @@ def eq_9(q, k, v, heads, n, expect, block, record, own=True, mask=None):
     """Cross-attention on keys [P, N], q, k, v [B, L, H*D]. ``own``: the call belongs into the record of shares;
     ``mask``: additive, [B, 1, 1, P + N], the same for all of the batch."""
     v = v.double()
-    alpha = torch.as_tensor(expect.alpha, dtype=torch.float64).expand(n)
+    alpha = torch.as_tensor(expect.alpha if expect.guide is None else -1.0, dtype=torch.float64).expand(n)
     positive = k.shape[1] - n
     v = torch.cat([v[:, :positive], -alpha[:, None] * v[:, positive:]], dim=1)
     allowed = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool)
@@ -251,6 +266,15 @@ def eq_9(q, k, v, heads, n, expect, block, record, own=True, mask=None):
         bias[:, positive:] += keep.double().log()
     if expect.blocks is not None and block not in expect.blocks:
         allowed[:, positive:] = False
+
+    if expect.guide is not None:
+        n_only = torch.zeros_like(allowed)
+        n_only[:, positive:], allowed[:, positive:] = True, False
+        bias[:, positive:] = 0.0
+        z, z_neg = (dense(q, k, v, heads, some, bias) for some in (allowed, n_only))
+        keep = expect.keep[q.shape[1]] if isinstance(expect.keep, dict) else expect.keep
+        acts = expect.blocks is None or block in expect.blocks
+        return steered(z, slice(None), z_neg, dataclasses.replace(expect, keep=keep), acts)
 
     def seen(weights):
         if own and allowed[:, positive:].all():

@@ -1,0 +1,171 @@
+"""NAG and NASA in one pass against their formulas, dense and in two."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import DTYPES, TOLERANCE, black_box, make, relative
+
+from vsf_core import (
+    NAG,
+    NASA,
+    TokenLayout,
+    cross_attention_guided,
+    joint_attention_guided,
+    joint_attention_guided_masked,
+    lse_attention,
+)
+
+GUIDES = {"nag": NAG(0.25, 2.5), "nag strong": NAG(0.5, 5.0), "nag tight": NAG(1.0, 1.0), "nasa": NASA()}
+PATHS = pytest.mark.parametrize("path", ["merge", "masked"])
+GUIDED = pytest.mark.parametrize("guide", GUIDES.values(), ids=GUIDES)
+
+
+def formula(guide, z_pos, z_neg, phi):
+    """As the papers write it; [B, H, I, D]."""
+    if isinstance(guide, NASA):
+        return z_pos - phi * z_neg
+    s = 1 + phi
+    z = s * z_pos - (s - 1) * z_neg
+    ratio = z.abs().sum((1, 3), keepdim=True) / z_pos.abs().sum((1, 3), keepdim=True)
+    z = z * ratio.clamp(max=guide.tau) / ratio
+    return guide.alpha * z + (1 - guide.alpha) * z_pos
+
+
+def dense(q, k, v, hidden=None):
+    """fp64; hidden: bool [B, keys]."""
+    q, k, v = (t.double() for t in (q, k, v))
+    logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if hidden is not None:
+        logits = logits.masked_fill(hidden[:, None, None], -torch.inf)
+    return logits.softmax(-1) @ v
+
+
+def oracle(q, k, v, layout, guide, phi, presence=1.0, padding=None):
+    i, p, n = (layout.span(group) for group in "IPN")
+    padding = torch.zeros(q.shape[0], layout.negative, dtype=torch.bool) if padding is None else padding
+
+    def over(rows, text, hidden=None):
+        keys, values = (torch.cat([t[:, :, text], t[:, :, i]], 2) for t in (k, v))
+        hidden = None if hidden is None else F.pad(hidden, (0, layout.image))
+        return dense(q[:, :, rows], keys, values, hidden)
+
+    out = torch.zeros_like(q, dtype=torch.float64)
+    out[:, :, p], out[:, :, n] = over(p, p), over(n, n, padding)
+    z_pos = over(i, p)
+    steered = formula(guide, z_pos, over(i, n, padding), torch.as_tensor(phi).double())
+    out[:, :, i] = z_pos + presence * (steered - z_pos)
+    return out
+
+
+def run(path, q, k, v, layout, guide, phi, presence=None, padding=None):
+    presence = torch.ones(1, 1, 1) if presence is None else presence
+    if path == "merge":
+        attend = lse_attention(q.device, q.dtype, q.shape[-1])
+        return joint_attention_guided(q, k, v, layout, guide, phi, presence, attend, padding)
+    return joint_attention_guided_masked(q, k, v, layout, guide, phi, presence, black_box, padding)
+
+
+@PATHS
+@GUIDED
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", ["NPI", "IPN", "PNI"])
+@pytest.mark.parametrize(
+    ("image", "positive", "negative", "batch", "heads", "dim"),
+    [(63, 17, 1, 1, 2, 64), (49, 0, 5, 2, 3, 80), (1, 1, 1, 4, 2, 64), (257, 3, 40, 3, 2, 128)],
+)
+def test_shapes(path, guide, dtype, order, image, positive, negative, batch, heads, dim):
+    layout = TokenLayout(image, positive, negative, order)
+    q, k, v = make(layout, batch=batch, heads=heads, dim=dim, dtype=DTYPES[dtype], spread=4.0)
+    expected = oracle(q, k, v, layout, guide, 0.7)
+    assert relative(run(path, q, k, v, layout, guide, torch.full((1, 1, 1), 0.7)), expected) < TOLERANCE[dtype]
+
+
+@PATHS
+@GUIDED
+@pytest.mark.parametrize("phi", [-1.0, 0.0, 11.0, 100.0])
+@pytest.mark.parametrize("spread", [0.0, 50.0])
+def test_extremes(path, guide, phi, spread):
+    layout = TokenLayout(61, 13, 9)
+    q, k, v = make(layout, batch=2, spread=spread)
+    result = run(path, q, k, v, layout, guide, torch.full((1, 1, 1), phi))
+    assert relative(result, oracle(q, k, v, layout, guide, phi)) < 1e-5
+
+
+@PATHS
+@GUIDED
+def test_padding_and_entries_without_a_negative(path, guide):
+    layout = TokenLayout(50, 11, 7)
+    q, k, v = make(layout, batch=3, spread=6.0)
+    padding = torch.tensor([[False] * 7, [False] * 4 + [True] * 3, [True] * 7])
+    phi, presence = torch.tensor([0.5, 0.9, 0.0]).view(3, 1, 1), torch.tensor([1.0, 1.0, 0.0]).view(3, 1, 1)
+    result = run(path, q, k, v, layout, guide, phi, presence, padding)
+    expected = oracle(q, k, v, layout, guide, phi[:, None], presence[:, None], padding)
+    assert torch.isfinite(result).all()
+    assert relative(result, expected) < 1e-5
+    main = slice(7, layout.length)
+    plain = F.scaled_dot_product_attention(q[2:, :, main], k[2:, :, main], v[2:, :, main])
+    assert relative(result[2:, :, main], plain) < 1e-6
+
+
+@PATHS
+def test_presence_is_a_share_for_each_image_token(path):
+    layout = TokenLayout(50, 11, 7)
+    q, k, v = make(layout, batch=2, spread=6.0)
+    presence = torch.rand(1, 50, 1, generator=torch.Generator().manual_seed(1))
+    presence[:, :10] = 0.0
+    result = run(path, q, k, v, layout, GUIDES["nag"], torch.full((1, 1, 1), 4.0), presence)
+    assert relative(result, oracle(q, k, v, layout, GUIDES["nag"], 4.0, presence[:, None])) < 1e-5
+    without = run(path, q, k, v, layout, GUIDES["nag"], torch.full((1, 1, 1), 4.0), torch.zeros(1, 1, 1))
+    assert torch.equal(result[:, :, 18:28], without[:, :, 18:28])
+
+
+@pytest.mark.parametrize("rows", [1, 68])
+def test_a_mask_of_the_callers_own(rows):
+    layout = TokenLayout(50, 11, 7)
+    q, k, v = make(layout, batch=2, spread=6.0)
+    mask = torch.randn(1, 1, rows, 68, generator=torch.Generator().manual_seed(1))
+    given = q, k, v, layout, GUIDES["nasa"], torch.full((1, 1, 1), 0.4), torch.ones(1, 1, 1), black_box
+    result = joint_attention_guided_masked(*given, mask=mask)[:, :, 18:]
+    at = mask[:, :, 18:] if rows > 1 else mask
+    z_pos, z_neg = (
+        black_box(q[:, :, 18:], k[:, :, columns], v[:, :, columns], at[..., columns])
+        for columns in (torch.arange(7, 68), torch.cat([torch.arange(7), torch.arange(18, 68)]))
+    )
+    assert relative(result, z_pos - 0.4 * z_neg) < 1e-5
+
+
+def naive(q, k, v, mask):
+    """An attention that makes NaN of rows whose keys are all hidden; PyTorch's makes 0."""
+    logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    return (logits if mask is None else logits + mask).softmax(-1) @ v
+
+
+@GUIDED
+@pytest.mark.parametrize("padded", [False, True])
+def test_cross_attention(guide, padded):
+    layout = TokenLayout(50, 11, 7)
+    q, k, v = make(layout, batch=3, spread=6.0)
+    q, k_neg, v_neg, k, v = q[:, :, 18:], k[:, :, :7], v[:, :, :7], k[:, :, 7:18], v[:, :, 7:18]
+    padding = torch.tensor([[False] * 7, [False] * 4 + [True] * 3, [True] * 7]) if padded else None
+    presence = torch.tensor([1.0, 0.4, 0.0]).view(3, 1, 1)
+    hidden = padding if padding is None else padding & ~padding.all(-1, keepdim=True)
+    z_pos, z_neg = dense(q, k, v), dense(q, k_neg, v_neg, hidden)
+    expected = z_pos + presence[:, None] * (formula(guide, z_pos, z_neg, 0.7) - z_pos)
+    steering = guide, torch.full((1, 1, 1), 0.7), presence
+    for attend in (black_box, naive):
+        result = cross_attention_guided(q, k, v, k_neg, v_neg, *steering, attend, padding)
+        assert relative(result, expected) < 1e-5
+
+
+def test_one_attention_over_the_image():
+    """The price is slivers: no second attention from image to image."""
+    layout, calls = TokenLayout(300, 11, 7), []
+    q, k, v = make(layout)
+    inner = lse_attention(q.device, q.dtype, q.shape[-1])
+
+    def attend(q, k, v, scale=None):
+        calls.append(q.shape[2] * k.shape[2])
+        return inner(q, k, v, scale)
+
+    joint_attention_guided(q, k, v, layout, NASA(), torch.ones(1, 1, 1), torch.ones(1, 1, 1), attend)
+    assert sum(calls) == 318 * 300 + 300 * 7 + 7 * 7 + 311 * 11

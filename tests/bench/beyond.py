@@ -25,7 +25,7 @@ from sampling import WEIGHTS, Toy, cases, open_comfyui
 
 STEPS = 4
 SCALES = (1.0, 2.0, 3.3, 5.0, 8.0, 12.0)
-TUNING_SCALES = (2.0, 5.0, 12.0)
+TUNING_SCALES = (2.0, 5.0)
 VSF = {"offset": 0.2}
 AREAS = ("positive_area", "quality_area", "area")
 
@@ -66,7 +66,7 @@ def candidates(family: str) -> dict[str, tuple[str, list[Settings]]]:
         "offset": ("vsf", [{"offset": offset} for offset in (-1.2, -0.6, 1.0, 2.0)]),
         "schedule": ("vsf", [{**VSF, **window} for window in windows]),
         "some blocks": ("vsf", [{**VSF, "blocks": some} for some in blocks]),
-        "nag": ("nag", [{"blend": blend, "tau": tau} for blend in (0.125, 0.25, 0.5, 1.0) for tau in (1.5, 2.5, 5.0)]),
+        "nag": ("nag", [{"blend": blend, "tau": tau} for blend in (0.25, 0.5, 1.0) for tau in (1.5, 5.0)]),
         "nasa": ("nasa", [{}]),
     }
 
@@ -213,7 +213,7 @@ def draw_charts(rows: Sequence[Mapping[str, Any]], out: Path, most: int = 5) -> 
             chart(out / f"{family}-{y}-negative.png", title, "negative: the part is gone", y, curves)
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", nargs="+", choices=sampling.FAMILIES, default=list(sampling.FAMILIES))
     parser.add_argument("--candidates", nargs="+", metavar="NAME", help="only these, and VSF")
@@ -223,7 +223,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=2, help="pictures for each prompt")
     parser.add_argument("--prompts", type=int, default=2, help="prompts for each test pair")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def main() -> None:

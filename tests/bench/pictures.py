@@ -67,7 +67,7 @@ SCALES = "0, 1, 2, 3, 4"
 FIGURES = ("attention-map", "scale-sweep")
 """README's, of the toy SD3's house and roof."""
 
-TRIES, LEAST_QUALITY = 24, 0.93
+TRIES, LEAST_QUALITY = 10, 0.93
 PRESETS = {
     "no negative": None,
     "Quality 3.3 / 0.2": ("vsf", 3.3),

@@ -6,11 +6,11 @@ import sampling
 import world
 
 CHOSEN = {"sd3": (3.3, 0.0), "flux": (3.3, 0.2), "wan": (2.0, 0.2)}
-"""Scale and offset; SD3's was chosen on validation pairs. The test pairs below are other objects."""
-REMOVED = {"sd3": 0.80, "flux": 0.80, "wan": 0.45}
+"""Scale and offset, chosen on validation pairs. The test pairs below are other objects."""
+REMOVED = {"sd3": 0.80, "flux": 0.65, "wan": 0.45}
 """How often at least the part is gone with them."""
-MISSING = {"sd3": 0.10, "flux": 0.30, "wan": 0.35}
-"""How often at most the toys forget a part that nobody asked to leave out. They are undertrained, Wan most of all."""
+MISSING = {"sd3": 0.10, "flux": 0.10, "wan": 0.10}
+"""How often at most the toys forget a part that nobody asked to leave out."""
 SEEDS = {"sd3": (3000, 3001), "flux": (3000, 3001, 3002), "wan": (3000, 3001)}
 
 
@@ -35,7 +35,7 @@ def rates(family):
 
 def test_without_a_negative_the_parts_are_there(rates, family):
     positive, negative = rates("none", SEEDS[family])
-    assert positive >= 0.95
+    assert positive >= 0.90
     assert negative <= MISSING[family]
 
 

@@ -6,7 +6,8 @@ Every candidate is swept over scales, at 4 steps and one pass a step. Its own nu
 (trees, cars, cakes, boats), and what is reported is of test pairs (other objects, other seeds). The score is the area
 under the positive-negative and the quality-negative trade-off: of all (negative, positive) points that a sweep reaches,
 the area of what one of them dominates. Intervals are 95% bootstraps over pairs and pictures; the difference from VSF's
-area is drawn with the same pairs and pictures for both. Results are kept as ``bench quality`` keeps them.
+area is drawn with the same pairs and pictures for both. Results are kept as ``bench quality`` keeps them. The table
+has all families that DIR has.
 """
 
 import argparse
@@ -230,10 +231,12 @@ def main() -> None:
     options = parse()
     open_comfyui()
     torch.set_num_threads(options.threads)
-    rows = []
     for family in options.family:
         path = options.weights / f"{family}.safetensors"
-        rows += study(Toy(family, path), hashlib.sha256(path.read_bytes()).hexdigest()[:12], options)
+        rows = study(Toy(family, path), hashlib.sha256(path.read_bytes()).hexdigest()[:12], options)
+        (options.out / family / "rows.json").write_text(json.dumps(rows, indent=1) + "\n")
+    studied = [path for name in sampling.FAMILIES if (path := options.out / name / "rows.json").exists()]
+    rows = [row for path in studied for row in json.loads(path.read_text())]
     draw_charts(rows, options.out)
     (options.out / "table.md").write_text(table(rows) + "\n")
     print(table(rows))

@@ -648,10 +648,11 @@ class VSFPatch:
             run.reported = True
             s = self.settings
             log.info(
-                f"VSF: {self.family.title}: {run.tokens} negative tokens, method {s.guide or s.method}, scale "
+                f"VSF: {self.family.title}: {run.tokens} negative tokens, scale "
                 f"{', '.join(f'{scale:g}' for scale in run.scales)}, offset {s.offset:g}, "
                 f"layout {s.layout}, {len(run.selected)} of {len(run.blocks)} blocks, "
-                f"reached {int(reached.count_nonzero())}, attention: {', '.join(sorted(run.paths)) or 'compiled'}"
+                f"reached {int(reached.count_nonzero())}, method {s.guide or s.method}, attention: "
+                f"{', '.join(sorted(run.paths)) or 'compiled'}"
             )
 
 

@@ -50,18 +50,19 @@ def test_parity_in_joint_attention(pack, name, method, batch, cfg, size):
     patched = pack.patch(model, **METHODS[method])
     expected = case.run(oracle, positive, **run)
     assert record.joint > 0
-    for path in (patched, with_override(patched, spy_override([]))):  # by log-sum-exp, and by a mask of one row
+    row_mask = [with_override(patched, spy_override([]))] if method == "nag" else []
+    for path in (patched, *row_mask):  # by log-sum-exp, and by a mask of one row
         assert relative(case.run(path, attached(pack, case), **run), expected) <= 1e-5
-    assert relative(case.run(model, positive, **run), expected) > 1e-3
+    if method == "nasa":
+        assert relative(case.run(model, positive, **run), expected) > 1e-3  # and it matters
 
 
-@RUNS
 @pytest.mark.parametrize("name", cross.FAMILIES)
-def test_parity_in_cross_attention(pack, name, method, batch, cfg, size):
+def test_parity_in_cross_attention(pack, name):
+    """NASA differs by the formula alone: one family, Wan, has it below."""
     family, model = cross.FAMILIES[name], cross.loaded(name)
-    run = {"batch": batch, "cfg": cfg, "size": family.sizes[size]}
-    guide = {"guide": GUIDES[method]}
-    result, expected = cross.both(pack, family, model, patch=METHODS[method], expect=guide, **run)
+    run = {"batch": 2, "cfg": 2.5, "size": family.sizes[1]}
+    result, expected = cross.both(pack, family, model, patch=NAG, expect={"guide": nag}, **run)
     assert relative(result, expected) <= 1e-5
     assert relative(cross.run(family, model, family.prompt(), **run), expected) > 1e-4
 

@@ -35,6 +35,7 @@ from ..vsf_core import (
     joint_attention_guided_masked,
     joint_attention_masked,
     layer_of,
+    unless_all,
 )
 from .blocks import Block, all_blocks, parse_blocks
 from .compiled import is_compiled, told_apart, unwrapped
@@ -835,7 +836,7 @@ def _kept_apart(host: HostAttention, forward: Forward) -> Tensor:
     (q, k, v), n, padding = host.split(), forward.tokens, forward.padding
     hidden = None
     if padding is not None:  # where all of N is padding it sees itself: nothing sees it
-        hidden = padding & ~padding.all(dim=-1, keepdim=True)
+        hidden = unless_all(padding)
         hidden = torch.zeros_like(hidden, dtype=q.dtype).masked_fill(hidden, -torch.inf)[:, None, None]
     own = forward.backend.masked(host)(q[:, :, :n], k[:, :, :n], v[:, :, :n], hidden)
     rest = host.black_box(q[:, :, n:], k[:, :, n:], v[:, :, n:], host.mask)
@@ -847,7 +848,7 @@ def _without_padding(n: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor 
     the additive mask [B, n] over the padding, if there is any."""
     if padding is None:
         return n, None
-    padding = padding & ~padding.all(dim=-1, keepdim=True)  # what is all padding is seen by nobody, but must be finite
+    padding = unless_all(padding)
     real = ~padding[..., None]
     mean = (n.float() * real).sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True)
     hidden = torch.zeros_like(padding, dtype=n.dtype).masked_fill(padding, torch.finfo(n.dtype).min)

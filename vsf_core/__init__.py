@@ -9,7 +9,14 @@ where ``Z+``/``lse+`` are the ordinary attention and its log-sum-exp over the po
 the negative ones. This package is torch only: it knows nothing of ComfyUI and is usable from a plain script.
 """
 
-from .attention import cross_attention, cross_attention_masked, joint_attention, joint_attention_masked, merge_negative_
+from .attention import (
+    cross_attention,
+    cross_attention_masked,
+    joint_attention,
+    joint_attention_masked,
+    merge_negative_,
+    unless_all,
+)
 from .attention_map import LAYERS, AttentionRecord, heat_colors, laid_over, layer_of
 from .backends import LSEAttention, lse_attention
 from .embeddings import content_length, extrapolate, null_embedding, whole_embedding_flip
@@ -50,5 +57,6 @@ __all__ = [
     "lse_attention",
     "merge_negative_",
     "null_embedding",
+    "unless_all",
     "whole_embedding_flip",
 ]

@@ -191,6 +191,11 @@ def padding_bias(padding: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(padding, dtype=torch.float32).masked_fill(padding, torch.inf)[:, None]
 
 
+def unless_all(padding: Tensor) -> Tensor:
+    """``padding`` [B, N], but nothing where all of a row is: what nobody sees must be finite all the same."""
+    return padding & ~padding.all(dim=-1, keepdim=True)
+
+
 def add_columns(rows: Tensor, columns: slice, values: Tensor) -> Tensor:
     """A copy of ``rows`` [b, 1, r, L] with ``values`` added to ``columns``, broadcast over batch and rows."""
     total = rows[..., columns] + values

@@ -20,7 +20,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .attention import Attention, add_columns, joint_attention_masked, merge_negative_, padding_bias, row_chunks
+from .attention import (
+    Attention,
+    add_columns,
+    joint_attention_masked,
+    merge_negative_,
+    padding_bias,
+    row_chunks,
+    unless_all,
+)
 from .backends import LSEAttention
 from .layout import TokenLayout
 
@@ -130,9 +138,7 @@ def cross_attention_guided(
     mask: Tensor | None = None,
 ) -> Tensor:
     """Cross-attention steered by ``guide``: Z+ over P, Z- over N. ``mask``: additive, over P, [B or 1, 1, 1, P]."""
-    if padding is not None:  # where all of N is padding its presence is 0, but its attention must be finite
-        padding = padding & ~padding.all(dim=-1, keepdim=True)
-    hidden = None if padding is None else -padding_bias(padding, q).to(q.dtype)[:, None]
+    hidden = None if padding is None else -padding_bias(unless_all(padding), q).to(q.dtype)[:, None]
     z = attend(q, k, v, mask)
     _steer_(z, attend(q, k_neg, v_neg, hidden), guide, phi, presence)
     return z

@@ -11,18 +11,18 @@ has all families that DIR has.
 """
 
 import argparse
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import sampling
 import torch
-from intervals import resampled
-from quality import Job, Settings, Work, sample_work
-from sampling import WEIGHTS, Toy, cases, open_comfyui
+from intervals import interval, resampled
+from quality import Job, Settings, Work, sample_work, toy_parser
+from sampling import Toy, cases, fingerprint, open_comfyui
 
 STEPS = 4
 SCALES = (1.0, 2.0, 3.3, 5.0, 8.0, 12.0)
@@ -126,11 +126,6 @@ def _by_pair(records: Sequence[Mapping[str, Any]]) -> np.ndarray:
     return np.array([np.concatenate(three, 1) for three in pairs.values()])
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
-
-
 # -- the study --------------------------------------------------------------------------------------------------------
 
 
@@ -141,22 +136,24 @@ def study(toy: Toy, weights: str, options: argparse.Namespace) -> list[dict[str,
     path = options.out / toy.family / "results.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
 
-    def scored(split: str, jobs: list[Job], prompts: int) -> Sweep:
-        things = world.VALIDATION if split == "validation" else world.TEST
-        work: list[Work] = [(split, job, case) for job in jobs for case in cases(world.pairs(things), prompts)]
-        return Sweep(jobs, sample_work(toy, weights, path, work, options.seeds))
+    def scored(split: str, sweeps: Sequence[list[Job]], prompts: int) -> list[Sweep]:
+        asked = cases(world.pairs(world.VALIDATION if split == "validation" else world.TEST), prompts)
+        work: list[Work] = [(split, job, case) for jobs in sweeps for job in jobs for case in asked]
+        records = iter(sample_work(toy, weights, path, work, options.seeds))
+        return [Sweep(jobs, list(islice(records, len(jobs) * len(asked)))) for jobs in sweeps]
 
-    sweeps: dict[str, Sweep] = {}
-    chosen: dict[str, Settings] = {}
-    for name, (method, grid) in candidates(toy.family).items():
-        if options.candidates and name not in ("vsf", *options.candidates):
-            continue
-        areas = [
-            float(Sweep.areas(scored("validation", sweep(method, own, TUNING_SCALES), 1).means())[2])
-            for own in (grid if len(grid) > 1 else [])
-        ]
-        chosen[name] = grid[int(np.argmax(areas))] if areas else grid[0]
-        sweeps[name] = scored("test", sweep(method, chosen[name], SCALES), options.prompts)
+    wanted = {
+        name: one
+        for name, one in candidates(toy.family).items()
+        if not options.candidates or name in ("vsf", *options.candidates)
+    }
+    tuned = {name: one for name, one in wanted.items() if len(one[1]) > 1}
+    tries = [sweep(method, own, TUNING_SCALES) for method, grid in tuned.values() for own in grid]
+    areas_tried = iter([float(Sweep.areas(one.means())[2]) for one in scored("validation", tries, 1)])
+    chosen = {name: grid[0] for name, (_, grid) in wanted.items()}
+    chosen |= {name: grid[int(np.argmax(list(islice(areas_tried, len(grid)))))] for name, (_, grid) in tuned.items()}
+    jobs = [sweep(method, chosen[name], SCALES) for name, (method, _) in wanted.items()]
+    sweeps = dict(zip(wanted, scored("test", jobs, options.prompts), strict=True))
     base = sweeps["vsf"]
     base_areas, base_drawn = Sweep.areas(base.means()), Sweep.areas(base.draws())
     rows = []
@@ -182,21 +179,23 @@ def wins(rows: Sequence[Mapping[str, Any]]) -> bool:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: a line a candidate, best mean gain first; for each family the gain in area with its interval."""
     families = list(dict.fromkeys(row["family"] for row in rows))
-    by_name: dict[str, list[Mapping[str, Any]]] = {}
+    by_name: dict[str, dict[str, Mapping[str, Any]]] = {}
     for row in rows:
-        by_name.setdefault(row["candidate"], []).append(row)
+        by_name.setdefault(row["candidate"], {})[row["family"]] = row
     head = ["candidate", *(f"{family}: area, gain, own numbers" for family in families), "wins"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name, members in sorted(by_name.items(), key=lambda item: -sum(row["area_gain"] for row in item[1])):
+    for name, own_rows in sorted(by_name.items(), key=lambda item: -sum(row["area_gain"] for row in item[1].values())):
         cells = [name]
-        for row in members:
+        for family in families:
+            if (row := own_rows.get(family)) is None:
+                cells.append("-")
+                continue
             low, high = row["area_gain_interval"]
             own = {k: v for k, v in row["settings"].items() if (k, v) != ("offset", VSF["offset"])}
             cells.append(
                 f"{row['area']:.3f}, {row['area_gain']:+.3f} [{low:+.3f}, {high:+.3f}] {Job('', own).note}".strip()
             )
-        cells += ["-"] * (len(families) - len(members))
-        lines.append("| " + " | ".join([*cells, "yes" if wins(members) else ""]) + " |")
+        lines.append("| " + " | ".join([*cells, "yes" if wins([*own_rows.values()]) else ""]) + " |")
     return "\n".join(lines)
 
 
@@ -215,15 +214,8 @@ def draw_charts(rows: Sequence[Mapping[str, Any]], out: Path, most: int = 5) -> 
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", nargs="+", choices=sampling.FAMILIES, default=list(sampling.FAMILIES))
+    parser = toy_parser(__doc__, "beyond", prompts=2, seeds=2)
     parser.add_argument("--candidates", nargs="+", metavar="NAME", help="only these, and VSF")
-    parser.add_argument("--weights", type=Path, metavar="FOLDER", default=WEIGHTS, help="default: the shipped ones")
-    parser.add_argument("--out", type=Path, default=Path("bench-output/beyond"), metavar="DIR")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
-    parser.add_argument("--seeds", type=int, default=2, help="pictures for each prompt")
-    parser.add_argument("--prompts", type=int, default=2, help="prompts for each test pair")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args(arguments)
 
 
@@ -233,7 +225,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     for family in options.family:
         path = options.weights / f"{family}.safetensors"
-        rows = study(Toy(family, path), hashlib.sha256(path.read_bytes()).hexdigest()[:12], options)
+        rows = study(Toy(family, path), fingerprint(path), options)
         (options.out / family / "rows.json").write_text(json.dumps(rows, indent=1) + "\n")
     studied = [path for name in sampling.FAMILIES if (path := options.out / name / "rows.json").exists()]
     rows = [row for path in studied for row in json.loads(path.read_text())]

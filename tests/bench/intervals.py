@@ -12,7 +12,12 @@ def bootstrap(values: np.ndarray, draws: int = 1000) -> tuple[float, float]:
     drawn = values[rows, columns].reshape(draws, -1)
     there = ~np.isnan(drawn)
     means = np.where(there, drawn, 0.0).sum(1)[there.any(1)] / there.sum(1)[there.any(1)]
-    low, high = np.quantile(means, [0.025, 0.975])
+    return interval(means)
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """The middle 95% of drawn values."""
+    low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
 
 

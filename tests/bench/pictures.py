@@ -139,20 +139,20 @@ def telling_seed(toy: Toy, thing: str, part: str) -> tuple[np.ndarray, np.ndarra
         )
         had, has = (sampling.score(one, case) for one in (without, with_))
         if not had.negative[0] and has.negative[0] and has.positive[0] and has.quality[0] >= LEAST_QUALITY:
-            found.append((*clearness(with_, case), seed, without, with_))
+            found.append((body_left(with_, case), has.quality[0], seed, without, with_))
     if not found:
         raise RuntimeError(f"{toy.family}: no seed takes {part} from {thing}")
     *_, seed, without, with_ = max(found, key=lambda one: one[:2])
     return without, with_, seed
 
 
-def clearness(pictures: np.ndarray, case: Case) -> tuple[int, float]:
-    """How much of the object there is in the last picture, in pixels of its body, and the least quality of all."""
+def body_left(pictures: np.ndarray, case: Case) -> int:
+    """How much of the object there is in the last picture, in pixels of its body."""
     import world
 
     last = pictures[-1:] if pictures.ndim == 4 else pictures[-1:, :, -1]
     pixels, _ = world.classify(last, world.BY_NAME[case.thing], case.style)
-    return int(pixels["body"].sum()), min(sampling.score(pictures, case).quality)
+    return int(pixels["body"].sum())
 
 
 def drawn(toy: Toy, thing: str, part: str, method: str, scale: float, seed: int) -> np.ndarray:
@@ -228,7 +228,7 @@ def telling_sweep(toy: Toy, thing: str, part: str) -> tuple[np.ndarray, str]:
         found = sampling.score(pictures, case)
         goes = not found.negative[0] and all(found.negative[-2:])
         if goes and all(found.positive) and min(found.quality) >= LEAST_QUALITY:
-            telling.append((*clearness(pictures, case), pictures))
+            telling.append((body_left(pictures, case), min(found.quality), pictures))
     if not telling:
         raise RuntimeError(f"{toy.family}: no seed takes {part} from {thing} on the way")
     return max(telling, key=lambda one: one[:2])[2], labels

@@ -9,7 +9,6 @@ to DIR/results.jsonl as they come, and what is there already is not sampled agai
 """
 
 import argparse
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ import numpy as np
 import sampling
 import torch
 from intervals import bootstrap
-from sampling import WEIGHTS, Case, Toy, cases, open_comfyui, score
+from sampling import WEIGHTS, Case, Toy, cases, fingerprint, open_comfyui, score
 
 Settings = dict[str, Any]
 FIRST_SEED = {"validation": 1000, "test": 2000}
@@ -255,19 +254,25 @@ def stills(pictures: np.ndarray) -> np.ndarray:
     return pictures if pictures.ndim == 4 else np.concatenate([pictures[:1, :, 0], pictures[:1, :, -1]])
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few settings and pictures; under 5 minutes")
+def toy_parser(description: str | None, out: str, prompts: int, seeds: int) -> argparse.ArgumentParser:
+    """The options of a benchmark that samples the toys."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
-    parser.add_argument("--out", type=Path, default=Path("bench-output/quality"), metavar="DIR")
+    parser.add_argument("--out", type=Path, default=Path("bench-output", out), metavar="DIR")
     parser.add_argument("--family", nargs="+", choices=sampling.FAMILIES, default=list(sampling.FAMILIES))
     parser.add_argument("--weights", type=Path, metavar="FOLDER", default=WEIGHTS, help="default: the shipped ones")
+    parser.add_argument("--prompts", type=int, default=prompts, help="prompts for each (test) pair")
+    parser.add_argument("--seeds", type=int, default=seeds, help="pictures for each prompt")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    return parser
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = toy_parser(__doc__, "quality", prompts=len(sampling.PROMPTS), seeds=4)
+    parser.add_argument("--quick", action="store_true", help="a few settings and pictures; under 5 minutes")
     parser.add_argument("--report", action="store_true", help="sample nothing; report on what is on disk")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help='only these, e.g. none vsf "vsf released"')
     parser.add_argument("--split", choices=["validation", "test", "both"], default="both")
-    parser.add_argument("--prompts", type=int, default=len(sampling.PROMPTS), help="prompts for each pair")
-    parser.add_argument("--seeds", type=int, default=4, help="pictures for each prompt")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args(arguments)
 
 
@@ -281,8 +286,7 @@ def main() -> None:
         out.mkdir(parents=True, exist_ok=True)
         path = options.weights / f"{family}.safetensors"
         toy = Toy(family, path)
-        fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-        family_rows = summarise(sample_all(toy, fingerprint, options))
+        family_rows = summarise(sample_all(toy, fingerprint(path), options))
         chosen = choose(family_rows)
         text = table(family_rows, chosen)
         (out / "table.md").write_text(text + "\n")

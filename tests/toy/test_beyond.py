@@ -64,6 +64,18 @@ def test_what_wins(intervals, verdict):
     assert beyond.wins([{"area_gain_interval": interval} for interval in intervals]) is verdict
 
 
+def test_a_figure_stands_in_its_familys_column():
+    rows = [
+        {"family": family, "candidate": name, "settings": {}, "area": 0.5, "area_gain": gain}
+        | {"area_gain_interval": (gain, gain)}
+        for family, name, gain in (("sd3", "vsf", 0.0), ("flux", "vsf", 0.0), ("wan", "vsf", 0.0), ("wan", "cap", 0.25))
+    ]
+    lines = beyond.table([*rows, {**rows[-1], "family": "sd3", "area_gain": 0.125}]).splitlines()
+    cap, vsf = (line.split("|")[1:-1] for line in lines[2:])
+    assert [cell.strip()[:13] for cell in cap[:4]] == ["cap", "0.500, +0.125", "-", "0.500, +0.250"]
+    assert [cell.strip()[:13] for cell in vsf[:4]] == ["vsf", *["0.500, +0.000"] * 3]
+
+
 @pytest.mark.parametrize("family", sampling.FAMILIES)
 def test_no_two_candidates_are_the_same(family):
     asked = beyond.candidates(family)

@@ -200,7 +200,7 @@ class Forward:
         blocks = "".join(str(int(block in self.run.selected)) for block in self.run.blocks)
         b = self.backend
         attention = (b.library, b.attend and b.attend.__name__, b.deaf is None)
-        return "_".join(map(str, (*shapes, *map(int, kinds), *attention, blocks, self.guide or "")))
+        return "_".join(map(str, (*shapes, *map(int, kinds), *attention, blocks, type(self.guide).__name__)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -556,7 +556,7 @@ class VSFPatch:
             nowhere=image_bias if all_selected else torch.full_like(image_bias, torch.inf),
             padding=is_padding if is_padding.shape[1] > 1 else None,
             released=self._released,
-            guide=self.settings.guide,
+            guide=self.settings.guide and self.settings.guide.on(latent.device),
             hidden=is_padding.expand(-1, length) if self._released is not None and ours["mixed"] else None,
             backend=backend,
             text=text,

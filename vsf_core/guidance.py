@@ -38,18 +38,25 @@ class Guidance(Protocol):
 
     def __call__(self, z_pos: Tensor, z_neg: Tensor, phi: Tensor) -> Tensor: ...
 
+    def on(self, device: torch.device) -> "Guidance":
+        """The same with its numbers as tensors there, which one compiled graph takes as they come."""
+        ...
+
 
 @dataclass(frozen=True)
 class NAG:
     """alpha: how much of the steered Z the result has (a); tau: how much longer than Z+ that may be."""
 
-    alpha: float
-    tau: float
+    alpha: float | Tensor
+    tau: float | Tensor
 
     def __call__(self, z_pos: Tensor, z_neg: Tensor, phi: Tensor) -> Tensor:
         z = z_pos + phi * (z_pos - z_neg)
         ratio = _length(z) / _length(z_pos)
         return torch.lerp(z_pos, z * (self.tau / ratio).clamp_max(1.0), self.alpha)
+
+    def on(self, device: torch.device) -> "NAG":
+        return NAG(*(torch.as_tensor(number, dtype=torch.float32, device=device) for number in (self.alpha, self.tau)))
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,9 @@ class NASA:
 
     def __call__(self, z_pos: Tensor, z_neg: Tensor, phi: Tensor) -> Tensor:
         return z_pos - phi * z_neg
+
+    def on(self, device: torch.device) -> "NASA":
+        return self
 
 
 def _length(z: Tensor) -> Tensor:

@@ -78,6 +78,10 @@ def test_no_graph_is_taken_for_another(pack, family, order):
     assert check(13, n=16, scale=4.0, offset=1.0) <= 1e-5
     assert check(13, n=5, seed=6, scale=-1.0) <= 1e-5
     assert check(13, n=5, blocks="double:1") <= 1e-5
+    assert check(13, n=5, method="nag") <= 1e-5
+    assert check(13, n=7, method="nasa") <= 1e-5
+    assert check(13, n=5, method="nag", nag_tau=1.1) <= 1e-5
+    assert check(13, n=5) <= 1e-5
     assert check(21) == 0.0
 
 

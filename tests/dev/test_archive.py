@@ -10,39 +10,26 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+from hosting import demo
 from hosting.client import ComfyClient
-from hosting.graph import declared_inputs, is_widget, to_prompt
+from hosting.errors import HostError
+from hosting.graph import declared_inputs, is_widget, to_prompt, without_nodes
 from hosting.server import ComfyServer
 from PIL import Image
-from release import archive
+from release import archive, manager, shipped
 
 ROOT = Path(__file__).resolve().parents[2]
-LANGUAGE = r"(de|en|es|fr|ja|ko|ru|zh)"
-NEEDED = (
-    r"__init__\.py",
-    r"pyproject\.toml",
-    r"README\.md",
-    r"CHANGELOG\.md",
-    r"LICENSE",
-    r"nodes/\w+\.py",
-    r"nodes/families/\w+\.py",
-    r"vsf_core/\w+\.py",
-    r"js/\w+\.js",
-    r"js/docs/VSF\w+(/en)?\.md",
-    r"js/docs/presets\.png",
-    rf"locales/{LANGUAGE}/(commands|main|nodeDefs|settings)\.json",
-    r"workflows/vsf_\w+\.(json|jpg)",
-)
-"""Every file of the archive is one of these, and each of these is there."""
-OPTIONAL = (r"subgraphs/[\w ,]+\.json",)
 MOST_BYTES = 2_000_000
 VSF = "VSF"
+NEEDS_HISTORY = pytest.mark.skipif(not shipped.HAS_HISTORY, reason="not a git clone: no history to look into")
 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory) -> Path:
     if os.environ.get("VSF_ARCHIVE"):
         return Path(os.environ["VSF_ARCHIVE"])
+    if not shipped.HAS_HISTORY:
+        pytest.skip("not a git clone: what is packed are git's files")
     path = tmp_path_factory.mktemp("archive") / "node.zip"
     archive.write(path)
     return path
@@ -67,14 +54,16 @@ def object_info(server):
 
 
 def test_every_file_is_there_on_purpose(packed):
-    names = zipfile.ZipFile(packed).namelist()
-    patterns = (*NEEDED, *OPTIONAL)
-    assert [name for name in names if not any(re.fullmatch(pattern, name) for pattern in patterns)] == []
-    assert [pattern for pattern in NEEDED if not any(re.fullmatch(pattern, name) for name in names)] == []
-    for folder in ("nodes", "vsf_core", "js", "locales", "workflows", "subgraphs"):
-        below = [path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*") if path.is_file()]
-        assert {name for name in below if "__pycache__" not in name} <= set(names), f"{folder}: files not in git?"
+    names, listed = zipfile.ZipFile(packed).namelist(), archive.SNAPSHOT.read_text(encoding="utf-8").splitlines()
     assert len(names) == len(set(names))
+    assert (sorted(set(names) - set(listed)), sorted(set(listed) - set(names))) == ([], []), (
+        f"(more, fewer) files than {archive.SNAPSHOT.name} names; if that is meant: python3 tests/release/archive.py"
+    )
+
+
+def test_no_file_of_the_pack_is_outside_git(packed):
+    folders = ("nodes", "vsf_core", "js", "locales", "workflows", "subgraphs")
+    assert archive.git("ls-files", "--others", "--exclude-standard", "--", *folders) == ""
 
 
 def test_is_small_and_has_no_large_file(packed):
@@ -108,36 +97,46 @@ def test_the_server_shows_all_of_it(server, object_info):
     assert {path.stem for path in (ROOT / "subgraphs").glob("*.json")} <= {one["name"] for one in blueprints}
 
 
-def test_the_demo_makes_a_picture(server, object_info, unpacked):
+def test_the_demo_makes_a_picture_and_vsf_acts_in_it(server, object_info, unpacked):
     client = ComfyClient(server.address)
     workflow = json.loads((unpacked / "workflows" / "vsf_tiny_demo.json").read_text(encoding="utf-8"))
-    outputs = client.run(to_prompt(workflow, object_info))
-    (picture,) = [ref for output in outputs.values() for ref in output.get("images", [])]
-    image = Image.open(BytesIO(client.image(picture))).convert("RGB")
-    assert any(low != high for low, high in image.getextrema())
+    prompt, images = to_prompt(workflow, object_info), []
+    for graph in (prompt, without_nodes(prompt, demo.VSF_NODES)):
+        (picture,) = [ref for output in client.run(graph).values() for ref in output.get("images", [])]
+        images.append(Image.open(BytesIO(client.image(picture))).convert("RGB"))
+    assert all(low != high for image in images for low, high in image.getextrema())
+    assert images[0].tobytes() != images[1].tobytes()
+    assert server.log().count("negative tokens, scale") == 1  # VSF's report of a run in which it acted
 
 
-def shipped_ever() -> dict[str, str]:
-    """Every workflow and subgraph in the folders now and in git's history, as far as this clone has it, by revision and
-    name; each text once."""
-    folders = ("workflows/*.json", "subgraphs/*.json")
-    texts = {path.read_text(encoding="utf-8"): path.name for folder in folders for path in ROOT.glob(folder)}
-    for commit in archive.git("log", "--format=%H", "--", *folders).split():
-        for path in archive.git("ls-tree", "-z", "-r", "--name-only", commit, "workflows", "subgraphs").split("\0"):
-            if path.endswith(".json"):
-                texts.setdefault(archive.git("show", f"{commit}:{path}"), f"{commit[:9]}:{path}")
-    return {where: text for text, where in texts.items()}
-
-
-def complaints(node: dict, info: dict) -> list[str]:
+def complaints(node: dict, object_info: dict, replacements: dict) -> list[str]:
     """What keeps a saved node from meaning today what it meant when it was saved."""
+    kind, saved = node["type"], [value for value in node.get("widgets_values") or [] if not isinstance(value, dict)]
+    slots = [slot["name"] for slot in node.get("inputs") or []]
+    outputs = dict(enumerate(slot["type"] for slot in node.get("outputs") or []))
+    names, lost = list(shipped.WIDGETS.get(kind, ())), []
+    if kind not in object_info:
+        rule = replacements.get(kind, [None])[0]
+        if rule is None or rule["new_node_id"] not in object_info:
+            return [f"register a replacement of {kind} by a node that is there"]
+        kind, old = rule["new_node_id"], rule["old_widget_ids"] or []
+        moved = {one["old_id"]: one["new_id"] for one in rule["input_mapping"] or [] if "old_id" in one}
+        shifted = {one["old_idx"]: one["new_idx"] for one in rule["output_mapping"] or []}
+        lost = [f"{name} is lost" for name in (*old[: len(saved)], *slots) if name not in moved]
+        lost += [f"output {index} is lost" for index in outputs if index not in shifted]
+        names = [moved.get(name, "") for name in old]
+        slots = [moved[name] for name in slots if name in moved]
+        outputs = {shifted[index]: type_ for index, type_ in outputs.items() if index in shifted}
+    return lost + misfits(dict(zip(names, saved, strict=False)), len(saved), slots, outputs, object_info[kind])
+
+
+def misfits(values: dict, count: int, slots: list[str], outputs: dict, info: dict) -> list[str]:
+    """Which of a node's values, inputs and outputs it does not have, by name."""
     inputs = {name: (kind, options) for name, kind, options in declared_inputs(info)}
-    widgets = [name for name, spec in inputs.items() if is_widget(*spec)]
-    saved = [value for value in node.get("widgets_values") or [] if not isinstance(value, dict)]
-    found = [f"no input {slot['name']}" for slot in node.get("inputs") or [] if slot["name"] not in inputs]
-    found += [f"{len(saved)} values for {len(widgets)} widgets"] if len(saved) > len(widgets) else []
-    for name, value in zip(widgets, saved, strict=False):
-        kind, options = inputs[name]
+    found = [f"no input {name}" for name in (*values, *slots) if name and name not in inputs]
+    found += [f"{count} values for {len(values)} widgets"] if count > len(values) else []
+    for name, value in values.items():
+        kind, options = inputs.get(name, ("", {}))
         types = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool}.get(str(kind))
         choices = kind if isinstance(kind, list) else options.get("options")
         if choices:
@@ -146,28 +145,47 @@ def complaints(node: dict, info: dict) -> list[str]:
             found.append(f"{name}: {value!r} is no {kind}")
         elif kind in ("INT", "FLOAT") and not options.get("min", value) <= value <= options.get("max", value):
             found.append(f"{name}: {value!r} is out of range")
-    outputs = list(info["output"])
-    kept = [slot["type"] for slot in node.get("outputs") or []]
-    return found + ([] if outputs[: len(kept)] == kept else [f"outputs {kept} are {outputs} now"])
+    now = dict(enumerate(info["output"]))
+    return found + [f"output {i} is {now.get(i)}, not {kind}" for i, kind in outputs.items() if now.get(i) != kind]
 
 
-def vsf_nodes(text: str) -> list[dict]:
-    graph = json.loads(text)
-    graphs = [graph, *graph.get("definitions", {}).get("subgraphs", [])]
-    return [node for one in graphs for node in one["nodes"] if node["type"].startswith(VSF)]
+def test_widgets_keep_their_places(object_info):
+    """A saved value has no name but its place: a widget put between others would take the value of its neighbour."""
+    for name, info in object_info.items():
+        if name.startswith(VSF):
+            widgets = tuple(name for name, *spec in declared_inputs(info) if is_widget(*spec))
+            assert widgets == shipped.WIDGETS.get(name), f"{name}: add widgets at the end, and in shipped.WIDGETS too"
 
 
+@NEEDS_HISTORY
 def test_every_workflow_ever_shipped_still_works(server, object_info):
     """Its nodes are here or replaced, and its values and links mean what they did."""
-    replaced = set(json.loads(ComfyClient(server.address)._request("/node_replacements")))
-    shipped = shipped_ever()
-    assert len(shipped) >= 12
-    for where, text in shipped.items():
-        assert vsf_nodes(text), where
-        for node in vsf_nodes(text):
-            assert node["type"] in object_info.keys() | replaced, f"{where}: register a replacement of {node['type']}"
-            if node["type"] in object_info:
-                assert complaints(node, object_info[node["type"]]) == [], (where, node["type"])
+    replacements = json.loads(ComfyClient(server.address)._request("/node_replacements"))
+    texts = shipped.ever()
+    assert len(texts) >= 38
+    for where, text in texts.items():
+        nodes = shipped.vsf_nodes(json.loads(text))
+        assert nodes, where
+        for node in nodes:
+            assert complaints(node, object_info, replacements) == [], (where, node["type"])
+
+
+def test_a_shallow_clone_is_refused(tmp_path):
+    """It has no old workflows, so that nothing would be wrong with any of them."""
+    whole, shallow = tmp_path / "whole", tmp_path / "shallow"
+    archive.git("init", "--quiet", "--initial-branch=main", str(whole))
+    (whole / "workflows").mkdir()
+    for text in ("{}", "[]"):
+        (whole / "workflows" / "a.json").write_text(text)
+        archive.git("add", ".", folder=whole)
+        archive.git(*manager.AUTHOR, "commit", "--quiet", "--message=x", folder=whole)
+    assert sorted(shipped.ever(whole).values()) == ["[]", "{}"]
+    archive.git("clone", "--quiet", "--depth=1", whole.as_uri(), str(shallow))
+    with pytest.raises(HostError, match="this clone is shallow .*: git fetch --unshallow"):
+        shipped.ever(shallow)
+
+
+PATCH = {"type": "VSFModelPatch"}
 
 
 @pytest.mark.parametrize(
@@ -177,8 +195,44 @@ def test_every_workflow_ever_shipped_still_works(server, object_info):
         ({"widgets_values": [1e6]}, "scale: 1000000.0 is out of range"),
         ({"widgets_values": [3.3, 0.2, 0, 1, "", "old"]}, "layout: 'old' is no choice"),
         ({"inputs": [{"name": "gone"}]}, "no input gone"),
-        ({"outputs": [{"type": "LATENT"}]}, "outputs ['LATENT'] are ['MODEL'] now"),
+        ({"outputs": [{"type": "LATENT"}]}, "output 0 is MODEL, not LATENT"),
+        ({"type": "VSFGone"}, "register a replacement of VSFGone by a node that is there"),
     ],
 )
 def test_complaints_are_found(object_info, change, complaint):
-    assert complaints(change, object_info["VSFModelPatch"]) == [complaint]
+    assert complaints({**PATCH, **change}, object_info, {}) == [complaint]
+
+
+OLD = {
+    **{"type": "VSFOld", "widgets_values": [2.0, "double:0-1"]},
+    **{"inputs": [{"name": "old_model"}], "outputs": [{"type": "MODEL"}]},
+}
+RULE = {
+    "new_node_id": "VSFModelPatch",
+    "old_node_id": "VSFOld",
+    "old_widget_ids": ["strength", "layers"],
+    "input_mapping": [
+        {"old_id": "strength", "new_id": "scale"},
+        {"old_id": "layers", "new_id": "blocks"},
+        {"old_id": "old_model", "new_id": "model"},
+        {"new_id": "layout", "set_value": "paper"},
+    ],
+    "output_mapping": [{"old_idx": 0, "new_idx": 0}],
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({}, []),
+        ({"new_node_id": "VSFNowhere"}, ["register a replacement of VSFOld by a node that is there"]),
+        ({"old_widget_ids": ["layers", "strength"]}, ["blocks: 2.0 is no STRING", "scale: 'double:0-1' is no FLOAT"]),
+        ({"old_widget_ids": ["strength"]}, ["2 values for 1 widgets"]),
+        ({"input_mapping": RULE["input_mapping"][1:]}, ["strength is lost"]),
+        ({"output_mapping": None}, ["output 0 is lost"]),
+        ({"output_mapping": [{"old_idx": 0, "new_idx": 1}]}, ["output 1 is None, not MODEL"]),
+    ],
+)
+def test_a_wrong_replacement_is_found(object_info, change, found):
+    """None is registered yet; this is what the check would say of one."""
+    assert complaints(OLD, object_info, {"VSFOld": [{**RULE, **change}]}) == found

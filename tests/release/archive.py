@@ -1,13 +1,21 @@
-"""The archive that the registry hands out: git's files less .comfyignore, as `comfy node pack` takes them."""
+"""The archive that the registry hands out: git's files less .comfyignore, as `comfy node pack` takes them.
+
+``python tests/release/archive.py`` (standard library) writes their names down, in ``tests/dev/archive.txt``.
+"""
 
 from __future__ import annotations
 
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
-from hosting.errors import HostError
-from hosting.host import ROOT
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from hosting.errors import HostError  # noqa: E402
+from hosting.host import ROOT  # noqa: E402
+
+SNAPSHOT = ROOT / "tests" / "dev" / "archive.txt"
 
 
 def git(*arguments: str, folder: Path = ROOT) -> str:
@@ -33,3 +41,8 @@ def write(target: Path) -> None:
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as out:
         for name in files():
             out.write(ROOT / name, name)
+
+
+if __name__ == "__main__":
+    SNAPSHOT.write_text("".join(f"{name}\n" for name in files()), encoding="utf-8")
+    print(SNAPSHOT)

@@ -1,5 +1,7 @@
-"""The demo's pictures, from the shipped workflow on a real server and from their parts."""
+"""The demo: `dev.py demo` as people run it, other families' graphs on a real server, and the parts of its pictures."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -25,16 +27,9 @@ def server(comfyui, tiny_models):
         yield server
 
 
-@pytest.mark.parametrize(
-    ("workflow", "kind", "frames"),
-    [(WORKFLOW, "png", 1), (TOY / "demo" / "flux.json", "png", 1), (TOY / "demo" / "wan.json", "webp", 13)],
-    ids=["sd3", "flux", "wan"],
-)
-def test_demo_writes_three_pictures_that_differ(server, tmp_path, capsys, workflow, kind, frames):
-    status = demo.main([server.address, str(workflow), str(tmp_path / "new" / "out")])
-    shown = capsys.readouterr()
-    assert status == 0, shown.err
-    paths = [Path(line) for line in shown.out.splitlines()[-3:]]
+def assert_differ(shown: str, kind: str, frames: int) -> None:
+    """What a demo printed ends with the paths of its three pictures, and these are not the same ones."""
+    paths = [Path(line) for line in shown.splitlines()[-3:]]
     assert [path.name for path in paths] == [f"{name}.{kind}" for name in ("before", "after", "side-by-side")]
     before, after, both = (demo.unrolled(Image.open(path)) for path in paths)
     assert len(before) == len(after) == len(both) == frames
@@ -43,7 +38,25 @@ def test_demo_writes_three_pictures_that_differ(server, tmp_path, capsys, workfl
     for picture in (*before, *after):
         assert any(low != high for low, high in picture.getextrema())
     assert len({picture.tobytes() for picture in before}) == (1 if frames == 1 else 4), "a frame a latent frame"
-    assert "with VSF: KSampler step" in shown.out
+    assert "with VSF: KSampler step" in shown
+
+
+def test_the_command_that_people_type(comfyui, tiny_models, tmp_path):
+    """`python3 dev.py demo`, on the ComfyUI under test."""
+    assert "\npython3 dev.py demo\n" in (ROOT / "README.md").read_text(encoding="utf-8")
+    env = {**os.environ, "COMFYUI_PATH": str(comfyui), "COMFYUI_PYTHON": sys.executable}
+    command = [sys.executable, str(ROOT / "dev.py"), "demo", "--out", str(tmp_path / "new" / "out")]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_differ(done.stdout, "png", 1)
+
+
+@pytest.mark.parametrize(("family", "kind", "frames"), [("flux", "png", 1), ("wan", "webp", 13)])
+def test_demo_of_another_family(server, tmp_path, capsys, family, kind, frames):
+    status = demo.main([server.address, str(TOY / "demo" / f"{family}.json"), str(tmp_path)])
+    shown = capsys.readouterr()
+    assert status == 0, shown.err
+    assert_differ(shown.out, kind, frames)
 
 
 def test_a_failing_demo_is_one_message(tmp_path, capsys):

@@ -1,8 +1,12 @@
-"""What README and docs tell people: Python blocks run or are what the file that they name says, commands are taken."""
+"""What README and docs tell people: Python blocks run or are what the file that they name says, commands are taken,
+citations are whole, and links lead somewhere. `dev.py demo` itself runs in test_demo.py; `dev.py test` runs this."""
 
 import importlib
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from textwrap import dedent
 
@@ -12,11 +16,14 @@ ROOT = Path(__file__).resolve().parents[2]
 TEXTS = {
     path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 }
-FENCED = re.compile(r"^( *)```python *(\S*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
-"""A block, and the file that it is from: "```python nodes/negative.py"; without one it is to be run."""
-BLOCKS = [(page, file, dedent(code)) for page, text in TEXTS.items() for _, file, code in FENCED.findall(text)]
-RUN = [(page, code) for page, file, code in BLOCKS if not file]
-SHOWN = [(page, file, code) for page, file, code in BLOCKS if file]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "js" / "docs").rglob("*.md")]
+FENCED = re.compile(r"^( *)```([^`\n]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+BLOCKS = [(page, kind, dedent(block)) for page, text in TEXTS.items() for _, kind, block in FENCED.findall(text)]
+RUN = [(page, block) for page, kind, block in BLOCKS if kind == "python"]
+SHOWN = [(page, kind.split()[1], block) for page, kind, block in BLOCKS if kind.startswith("python ")]
+"""Of the file that the fence names: "```python nodes/negative.py"."""
+TYPED = [(page, block) for page, kind, block in BLOCKS if kind == ""]
+CITED = [(page, block) for page, kind, block in BLOCKS if kind == "bibtex"]
 JOINED = [text.replace("\\\n", " ") for text in TEXTS.values()]
 COMMANDS = sorted({line for text in JOINED for line in re.findall(r"python3? dev\.py ([^`\n]+)", text)})
 SCRIPTS = sorted({path for text in JOINED for path in re.findall(r"python3? (tests/[\w/]+\.py)", text)})
@@ -36,12 +43,65 @@ def parse_bench():
 
 
 def test_there_is_something_to_run():
-    assert len(RUN) >= 2 and len(SHOWN) >= 4 and len(COMMANDS) >= 10 and len(SCRIPTS) >= 2
+    assert len(RUN) >= 2 and len(SHOWN) >= 4 and len(CITED) >= 1 and len(COMMANDS) >= 10 and len(SCRIPTS) >= 2
+
+
+def test_no_block_is_of_a_kind_that_nothing_here_looks_at():
+    assert len(BLOCKS) == len(RUN) + len(SHOWN) + len(TYPED) + len(CITED), {kind for _, kind, _ in BLOCKS}
+    for page, text in TEXTS.items():
+        fences = re.findall(r"^[ >*-]*(?:```|~~~)", text, re.MULTILINE)
+        assert len(fences) == 2 * sum(page == where for where, _, _ in BLOCKS), f"{page}: unknown fences"
+
+
+@pytest.mark.parametrize(("page", "block"), TYPED)
+def test_what_people_type_are_commands_of_dev_py(page, block):
+    """Each of them is then among COMMANDS."""
+    for line in block.replace("\\\n", " ").strip().splitlines():
+        assert re.match(r"python3 dev\.py \w", line), line
 
 
 @pytest.mark.parametrize(("page", "code"), RUN)
-def test_python_block_runs(page, code):
-    exec(compile(code, page, "exec"), {"__name__": "__main__"})  # noqa: S102
+def test_python_block_runs(page, code, tmp_path):
+    """As they say: with this folder on Python's path, and nothing else."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("page", "block"), CITED)
+def test_citation_is_whole(page, block):
+    entries = re.split(r"^@", block, flags=re.MULTILINE)[1:]
+    assert entries
+    for entry in entries:
+        assert re.match(r"\w+\{\w+,\n", entry) and entry.rstrip().endswith("\n}"), entry
+        depth = 0
+        for letter in entry.strip()[:-1]:
+            depth += (letter == "{") - (letter == "}")
+            assert depth >= 0, entry
+        assert depth == 1, entry
+        fields = dict(re.findall(r"^ +(\w+) *= \{(.*)\},?$", entry, re.MULTILINE))
+        assert len(fields) == entry.strip().count("\n") - 1, entry
+        assert all(fields.get(name) for name in ("author", "title", "year")), entry
+
+
+def anchors(path: Path) -> set[str]:
+    """What links can name in a page: its headings, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.+)$", FENCED.sub("", path.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_and_pictures_are_there(path):
+    text = FENCED.sub("", path.read_text(encoding="utf-8"))
+    links = re.findall(r"\]\(<?([^)>\s]+)|(?:src|href)=\"([^\"]+)\"|^\[[^]]+\]: +(\S+)", text, re.MULTILINE)
+    for link in ("".join(found) for found in links):
+        if not re.match(r"https?://", link):
+            file, _, anchor = link.partition("#")
+            target = path.parent / file if file else path
+            if "js" in path.parts:  # a help page: ComfyUI serves them all from one folder, whatever their language
+                target = ROOT / "js" / "docs" / file
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
 
 
 @pytest.mark.parametrize(("page", "file", "code"), SHOWN)

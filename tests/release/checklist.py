@@ -1,5 +1,6 @@
 """The release checklist, which changes nothing: ``dev.py release``, or ``python -m release.checklist CACHE_FOLDER``.
 
+It does not run the tests: ``dev.py test`` does, before it.
 comfy-cli has a virtual environment of its own in the cache, ``release-venv``: its packages are not ComfyUI's.
 ComfyUI-Manager's is ``manager-venv``.
 """
@@ -33,6 +34,7 @@ def main(arguments: list[str]) -> int:
         checks: dict[str, Callable[[], str]] = {
             "version": lambda: check_version(read("pyproject.toml"), read("CHANGELOG.md")),
             "git": lambda: check_clean(archive.git("status", "--porcelain")),
+            "tag": lambda: check_tag(check_version(read("pyproject.toml"), read("CHANGELOG.md"))),
             "comfy node validate": lambda: validate(Path(cache), clone),
             "comfy node pack": lambda: pack(Path(cache), clone),
             "archive and old workflows": lambda: check_archive(clone / "node.zip"),
@@ -45,7 +47,8 @@ def main(arguments: list[str]) -> int:
             except HostError as error:
                 failed += 1
                 print(f"FAILED  {name}: {error}", flush=True)
-    print(f"{failed} of {len(checks)} checks failed" if failed else "ready: tag this commit and publish")
+    ready = "ready, if `dev.py test` passes too, which this did not run: tag this commit and publish"
+    print(f"{failed} of {len(checks)} checks failed" if failed else ready)
     return min(failed, 1)
 
 
@@ -64,6 +67,8 @@ def check_version(project: str, changelog: str) -> str:
             f"pyproject.toml states {stated[1] if stated else 'no semantic version'} and CHANGELOG.md begins with "
             f"{newest[1] if newest else 'no heading'}: set the version, give the newest changes a heading"
         )
+    if re.search(r"^## \[?unreleased", changelog, re.MULTILINE | re.IGNORECASE):
+        raise HostError("CHANGELOG.md has unreleased changes below the newest version: give them to one")
     return stated[1]
 
 
@@ -72,6 +77,16 @@ def check_clean(status: str) -> str:
     if status.strip():
         raise HostError(f"not everything is committed:\n{status.rstrip()}")
     return "clean"
+
+
+def check_tag(version: str, folder: Path = ROOT) -> str:
+    """The version's tag is free, or this very commit's: what was released once is never another thing."""
+    tag = f"v{version}"
+    if not archive.git("tag", "--list", tag, folder=folder).strip():
+        return f"{tag} is free"
+    if archive.git("rev-parse", f"{tag}^{{commit}}", folder=folder) != archive.git("rev-parse", "HEAD", folder=folder):
+        raise HostError(f"{tag} is another commit: this needs a version of its own")
+    return f"{tag} is this commit"
 
 
 def comfy(cache: Path, clone: Path, command: str) -> str:

@@ -56,6 +56,19 @@ def picture_of(latent: Tensor, shapes: Sequence[Sequence[int]] | None) -> Tensor
     return latent if shapes is None else comfy.utils.unpack_latents(latent, shapes)[0]
 
 
+def is_video(latent: Tensor, window: object = None) -> bool:
+    """Whether frames mean anything in a latent, or in the one whose context ``window`` it is; models of pictures may
+    have a frame, too."""
+    return latent.ndim == 5 and (latent.shape[2] > 1 or window is not None)
+
+
+def same_mask(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two negatives act in the same places; every node makes a mask of its own out of the one it was given."""
+    if a is None or b is None:
+        return a is b
+    return a is b or (a.shape == b.shape and torch.equal(a, b.to(a)))
+
+
 def count_tokens(negatives: Sequence[Negative]) -> int:
     return sum(n.tokens.shape[1] for n in negatives)
 
@@ -87,10 +100,13 @@ def step_conds(
     width = next(n.tokens.shape[-1] for group in groups for n in group)
     mixed = any(count_tokens(group) != length for group in groups)
     shared_bias = all(count_tokens(group) in (0, length) for group in groups)
-    is_video = latent.ndim == 5 and (latent.shape[2] > 1 or window is not None)  # image models may have a frame, too
-    places = [[(id(n.mask), n.frames if is_video else None) for n in group] for group in groups]
-    masked = any(n.mask is not None or (is_video and n.frames != (0.0, 1.0)) for group in groups for n in group)
-    shared_mask = shared_bias and all(len(set(group)) <= 1 for group in places)
+    in_time = is_video(latent, window)
+    masked = any(n.mask is not None or (in_time and n.frames != (0.0, 1.0)) for group in groups for n in group)
+    shared_mask = shared_bias and all(
+        same_mask(n.mask, group[0].mask) and (n.frames == group[0].frames or not in_time)
+        for group in groups
+        for n in group[1:]
+    )
 
     out = []
     for group in groups:
@@ -107,9 +123,9 @@ def step_conds(
             "mixed": comfy.conds.CONDConstant(mixed),
         }
         if masked:
-            mask = (_video_mask if is_video else _latent_mask)(group, length, latent, window)
+            mask = (_video_mask if in_time else _latent_mask)(group, length, latent, window)
             mask = mask.unflatten(2, (-1, mask.shape[2])) if mask.ndim < latent.ndim else mask
-            conds["mask"] = comfy.conds.CONDNoiseShape(mask[:, :1] if shared_mask else mask)
+            conds["mask"] = comfy.conds.CONDNoiseShape(mask[:, :1].clone() if shared_mask else mask)  # no view of all
         if pooled:
             conds["pooled"] = comfy.conds.CONDRegular(_pooled(group, groups).to(latent)[:, None])
         out.append({PREFIX + key: value for key, value in conds.items()})
@@ -139,6 +155,13 @@ def in_frames(window: tuple[float, float], frames: int) -> list[bool]:
     return [window[0] <= (frame + 0.5) / frames < window[1] for frame in range(frames)]
 
 
+def latent_frames_of(frames: int, latent_frames: int) -> Tensor:
+    """int [frames]: which latent frame each of a video's frames lies in. Video VAEs are causal: the first latent frame
+    is one frame, each further one is as many as the next (4 in Wan and HunyuanVideo, 8 in LTX-Video)."""
+    last = max(frames, latent_frames, 2) - 1
+    return (torch.arange(frames) * (latent_frames - 1) + last - 1) // last
+
+
 def _latent_mask(group: Sequence[Negative], length: int, latent: Tensor, _window: object = None) -> Tensor:
     """[b, length, h, w]: each token's mask in the latent's resolution; 1 where there is none."""
     size = latent.shape[-2:]
@@ -163,9 +186,19 @@ def _video_mask(
     mask = torch.ones(1, length, frames, *size)
     for n, span in _spans(group):
         if n.mask is not None:
-            small = torch.nn.functional.interpolate(n.mask[None, None], size=(frames, *size), mode="area")
-            mask[:, span] = small
+            mask[:, span] = _in_latent_frames(n.mask, frames, size)
         for frame, inside in enumerate(in_frames(n.frames, frames)):
             if not inside:
                 mask[:, span, frame] = 0.0
     return mask[:, :, list(shown)].to(latent.device)
+
+
+def _in_latent_frames(mask: Tensor, latent_frames: int, size: torch.Size) -> Tensor:
+    """A mask [frames, H, W] as [latent frames, h, w]: each latent frame has the mean over its own frames."""
+    frames = mask.shape[0]
+    if frames <= latent_frames:
+        return torch.nn.functional.interpolate(mask[None, None], size=(latent_frames, *size), mode="area")[0, 0]
+    small = torch.nn.functional.interpolate(mask[:, None], size=size, mode="area")[:, 0].cpu()
+    at = latent_frames_of(frames, latent_frames)
+    total = torch.zeros(latent_frames, *size).index_add_(0, at, small)
+    return total / at.bincount()[:, None, None]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .families import Family
-from .negative import in_frames, negatives_of
+from .negative import in_frames, is_video, negatives_of, same_mask
 
 
 def check_negatives(
@@ -42,14 +42,13 @@ def check_negatives(
                 f"VSF: the negative's embedding has values that {dtype}, in which this model runs, cannot hold. "
                 "Lower its weights, like (word:1.3), or its extrapolation."
             )
-        if latent.ndim == 5 and not any(in_frames(negative.frames, latent.shape[2])):
+        if is_video(latent) and not any(in_frames(negative.frames, latent.shape[2])):
             raise ValueError(
                 f"VSF: none of this video's {latent.shape[2]} latent frames lies between the negative's from_frame "
                 f"({negative.frames[0]:g}) and to_frame ({negative.frames[1]:g}), so it never acts. Widen them."
             )
         _check_batch("embedding", negative.tokens, latent)
-        is_video = latent.ndim == 5 and latent.shape[2] > 1
-        if negative.mask is not None and not is_video:  # in a video, the mask's pictures are frames
+        if negative.mask is not None and not is_video(latent):  # in a video, the mask's pictures are frames
             _check_batch("mask", negative.mask, latent)
     if mixes_pooled:  # last: a negative of another encoder has a wrong one too
         _check_pooled(entries, dtype)
@@ -58,20 +57,27 @@ def check_negatives(
 def _check_pooled(entries: Sequence[dict], dtype: torch.dtype) -> None:
     for entry in entries:
         negatives, pooled = negatives_of(entry), entry.get("pooled_output")
-        if len(negatives) > 1 or any(n.pooled is None for n in negatives):
+        if not negatives:
+            continue
+        given = negatives[0].pooled
+        if len(negatives) > 1 or given is None:
             raise ValueError(
                 "VSF: layout released mixes the pooled embedding of one negative into the positive's here. "
                 "Use one VSF Negative Conditioning with text (or a negative that has a pooled output), or layout "
                 "paper."
             )
-        given = [n.pooled for n in negatives if n.pooled is not None]
-        if pooled is not None and any(p.shape[-1] != pooled.shape[-1] for p in given):
+        if pooled is None:
+            raise ValueError(
+                "VSF: layout released mixes the negative's pooled embedding into the positive's here, but the positive "
+                "has no pooled output. Encode it with this model's own text encoder, or use layout paper."
+            )
+        if given.shape[-1] != pooled.shape[-1]:
             raise ValueError(
                 "VSF: layout released mixes the negative's pooled embedding into the positive's here, but it is "
-                f"{given[0].shape[-1]} wide and the positive's {pooled.shape[-1]}. Encode both with this model's "
+                f"{given.shape[-1]} wide and the positive's {pooled.shape[-1]}. Encode both with this model's "
                 "own text encoder, or use layout paper."
             )
-        if any(not torch.isfinite(p.to(dtype)).all() for p in given):
+        if not torch.isfinite(given.to(dtype)).all():
             raise ValueError(
                 "VSF: the negative's pooled embedding, which layout released uses here, has values that are NaN "
                 "or infinite. Use another text encoder, or layout paper."
@@ -91,7 +97,11 @@ def check_guided(method: str, entries: Sequence[dict]) -> None:
     """Raises ``ValueError`` for an entry whose negatives NAG and NASA, to which they are one, cannot take together."""
     for entry in entries:
         negatives = negatives_of(entry)
-        if len({(n.strength, id(n.mask), n.frames) for n in negatives}) > 1:
+        if not all(
+            (n.strength, n.frames) == (negatives[0].strength, negatives[0].frames)
+            and same_mask(n.mask, negatives[0].mask)
+            for n in negatives[1:]
+        ):
             raise ValueError(
                 f"VSF: method {method} takes several negatives as one, but {len(negatives)} here differ in strength, "
                 "mask or frames. Make these the same, or set method to vsf on VSF Model Patch."

@@ -78,6 +78,11 @@ class Settings:
     method: str = "vsf"
     guide: Guidance | None = None
 
+    @property
+    def scale_name(self) -> str:
+        """Which input ``scale`` was."""
+        return "scale" if self.method == "vsf" else f"{self.method}_scale"
+
     def push(self, scale: float) -> float:
         """Alpha, or the phi that people set as NAG's scale: 1 + phi."""
         return scale - 1 if self.method == "nag" else scale
@@ -94,7 +99,7 @@ class Run:
     latent_frames: int | None
     paths: set[str] = field(default_factory=set)
     cache: dict = field(default_factory=dict)
-    backends: dict[Callable | None, Backend] = field(default_factory=dict)
+    backends: dict[tuple[Callable | None, torch.device], Backend] = field(default_factory=dict)
     steps: int = 0
     """How often ComfyUI asked for a prediction through ``calc_cond_batch``."""
     applied: bool = False
@@ -255,8 +260,8 @@ class VSFPatch:
             )
         if self.settings.layout == "released" and self.settings.guide is not None:
             raise ValueError(
-                f"VSF: layout released is one of VSF's, and method {self.settings.method} has none. Set layout to "
-                "paper, or method to vsf."
+                f"VSF: layout released works only with method vsf, and method is {self.settings.method}. Set layout "
+                "to paper, or method to vsf."
             )
         kinds = comfy.patcher_extension.WrappersMP
         if patcher.get_wrappers(kinds.CALC_COND_BATCH, WRAPPER_KEY):
@@ -330,10 +335,11 @@ class VSFPatch:
                 "negative active: the picture is stock ComfyUI's."
             )
         elif not torch.isfinite(result).all():
+            name, used = self.settings.scale_name, ", ".join(f"{scale:g}" for scale in scales)
             raise RuntimeError(
-                f"VSF: the sampled latent has values that are NaN or infinite, at scale {self.settings.scale:g} in "
-                f"{dtype}. If it is so without VSF Model Patch too, the model or its settings are the reason; "
-                "otherwise lower scale and strength, or load the model in bf16 or fp32."
+                f"VSF: the sampled latent has values that are NaN or infinite, at {name} {used} in {dtype}. If it is "
+                "so without VSF Model Patch too, the model or its settings are the reason; otherwise lower "
+                f"{name} and strength, or load the model in bf16 or fp32."
             )
         return result
 
@@ -454,7 +460,8 @@ class VSFPatch:
         forward = self._forward(run, ours, text, latent, others, backend, width, recorded)
         if kwargs.get("attention_mask") is not None:
             kwargs["attention_mask"] = _grown_mask(kwargs["attention_mask"], tokens.shape[1], c_crossattn.shape[1])
-        if self._released is not None and self._released.pooled is not None and "pooled" in ours:
+        # where the text has no pooled embedding, no negative came with it either
+        if self._released is not None and self._released.pooled is not None and "pooled" in ours and "y" in kwargs:
             kwargs["y"] = _mixed_pooled(kwargs["y"], ours["pooled"][:, 0], self._released.pooled)
         options = self._patched_options(transformer_options, forward)
         if compiled:
@@ -519,17 +526,19 @@ class VSFPatch:
                 handle.remove()
 
     def _backend(self, run: Run, options: dict, device: torch.device, model: Any) -> Backend:
-        """Chosen once a run for each override that it meets."""
-        override = options.get(OVERRIDE)
-        if override not in run.backends:
+        """Chosen once a run for each override that it meets, on each device."""
+        key = options.get(OVERRIDE), device
+        if key not in run.backends:
             head_dim = self.family.head_dim(unwrapped(model.diffusion_model))
-            chosen = run.backends[override] = choose_backend(options, device, model.get_dtype_inference(), head_dim)
-            if chosen.deaf is not None:
+            chosen = choose_backend(options, device, model.get_dtype_inference(), head_dim)
+            warned = any(backend.deaf is not None for backend in run.backends.values())
+            run.backends[key] = chosen
+            if chosen.deaf is not None and not warned:  # some nodes make an override for every call
                 log.warning(
                     f"VSF: the attention in use ({chosen.deaf}) ignores masks and returns no log-sum-exp, so VSF "
                     "would not be exact on it. Where the image attends to text, PyTorch's runs instead."
                 )
-        return run.backends[override]
+        return run.backends[key]
 
     def _forward(
         self,

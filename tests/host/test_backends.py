@@ -9,6 +9,7 @@ import comfy.ldm.flux.math
 import comfy.ldm.modules.attention as comfy_attention
 import pytest
 import torch
+from comfy.patcher_extension import WrappersMP
 from helpers import conditioning, load_flux, load_sd3, load_wan, relative, sample, text, with_override
 from oracle import Expect, oracle_model
 
@@ -74,6 +75,38 @@ def test_attention_that_ignores_masks(pack, models, family, masked, caplog):
     calls.clear()
     sample(with_override(pack.patch(models[family]), deaf), prompt(family), **RUN[family])
     assert len(calls) >= 3 * 3  # without a negative it stays in charge
+
+
+def test_an_override_made_anew_for_each_call_is_warned_of_once(pack, models, caplog):
+    """As by a wrapper around the model's call: it is no override of the run before."""
+
+    def renewed(executor, x, t, c_concat, c_crossattn, control, transformer_options, **kw):
+        def deaf(func, q, k, v, heads, mask=None, **kw):
+            return func(q, k, v, heads, mask=None, **kw)
+
+        options = {**transformer_options, "optimized_attention_override": deaf}
+        return executor(x, t, c_concat, c_crossattn, control, options, **kw)
+
+    model = models["sd3"].clone()
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "other", renewed)
+    result, expected = both(pack, models, "sd3", model)
+    assert relative(result, expected) <= 1e-5
+    assert sum("ignores masks" in line for line in log_lines(caplog)) == 1
+
+
+def test_each_device_has_a_backend_of_its_own(pack, models, monkeypatch):
+    """Under MultiGPU one run has several: what serves one may not serve another."""
+    seams, asked = sys.modules[f"{pack.module.__name__}.nodes.seams"], []
+
+    def choose(options, device, dtype, head_dim):
+        asked.append(device.type)
+        return types.SimpleNamespace(deaf=None)
+
+    monkeypatch.setattr(seams, "choose_backend", choose)
+    run, wrappers = types.SimpleNamespace(backends={}), pack.patch(models["sd3"]).get_all_wrappers
+    patch = wrappers(WrappersMP.APPLY_MODEL)[0].__self__
+    made = [patch._backend(run, {}, torch.device(name), models["sd3"].model) for name in ("cpu", "meta", "cpu")]
+    assert asked == ["cpu", "meta"] and made[0] is made[2] is not made[1]
 
 
 def test_nothing_left_to_run(pack, models, monkeypatch):

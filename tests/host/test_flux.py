@@ -165,6 +165,17 @@ def test_released_layout_needs_one_negative_with_a_pooled_output(pack, schnell):
         sample(pack.patch(schnell, layout="released"), two)
 
 
+def test_released_layout_needs_a_positive_with_a_pooled_output(pack, schnell):
+    """Where it carries a negative; another entry is as without it."""
+    made, bare = [[text(5, 5), {"pooled_output": text(1, 77, 768)[:, 0]}]], [[text(13, 1), {}]]
+    patched, other = pack.patch(schnell, layout="released"), prompt(seed=9)
+    with pytest.raises(ValueError, match="positive has no pooled output"):
+        sample(patched, pack.negative(bare, negative=made), other)
+    attached = pack.negative(prompt(), negative=made)
+    combined, alone = sample(patched, attached + bare, other), sample(patched, attached, other)
+    assert torch.isfinite(combined).all() and relative(combined, alone) > 1e-3
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize("n", [1, 40])
 @pytest.mark.parametrize("cfg", [1.0, 2.5])

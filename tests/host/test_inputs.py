@@ -367,6 +367,25 @@ def test_a_run_that_ends_in_nan_is_an_error(pack, families):
         run(family, pack.patch(family.model), attached)
 
 
+@pytest.mark.parametrize(
+    ("patch", "scales", "named", "lower"),
+    [
+        ({"scale": 9.0}, "1, 2.5", "at scale 1, 2.5 in", "lower scale and strength"),
+        ({"method": "nag", "nag_scale": 4.0, "scale": 9.0}, None, "at nag_scale 4 in", "lower nag_scale and strength"),
+        ({"method": "nasa", "nasa_scale": 0.5}, "0.2, 0.3", "at nasa_scale 0.2, 0.3 in", "lower nasa_scale and"),
+    ],
+)
+def test_that_error_names_the_numbers_in_use(pack, families, patch, scales, named, lower):
+    family = families["sd3"]
+    attached = pack.negative(positive_of(family), negative=ready(family, text(3, 5) * 1e30))
+    model = pack.patch(family.model, **patch)
+    if scales:
+        given = {"model": model, "latent": {"samples": torch.zeros(1, 16, *family.size)}, "scales": scales}
+        model = pack.mapping["VSFScaleSweep"].execute(**given).result[0]
+    with pytest.raises(RuntimeError, match=f"{named} .*{lower}"):
+        run(family, model, attached, batch=2 if scales else 1)
+
+
 def test_any_queued_graph_is_looked_at_and_passed_on(pack, times, tally):
     """The prompt handler sees what anybody posts, before ComfyUI checks it: it never fails and changes nothing."""
     import importlib

@@ -158,7 +158,7 @@ def test_the_log_says_which(pack, model, caplog):
 
 
 def test_what_cannot_work_is_refused(pack, model):
-    with pytest.raises(ValueError, match="layout released is one of VSF's, and method nag has none"):
+    with pytest.raises(ValueError, match="layout released works only with method vsf, and method is nag"):
         pack.patch(model, **NAG, layout="released")
     with pytest.raises(ValueError, match='method must be one of vsf, nag, nasa, got "sag"'):
         pack.patch(model, method="sag")
@@ -179,6 +179,19 @@ def test_chained_negatives_are_one(pack, model):
     joined = pack.negative(conditioning(), negative=[[torch.cat([text(5, 5), text(4, 6)], 1), {}]])
     patched = pack.patch(model, **NAG)
     assert relative(sample(patched, two), sample(patched, joined)) <= 1e-6
+
+
+def test_one_mask_wired_into_two_nodes_is_one(pack, model):
+    mask = torch.rand(1, 16, 24, generator=torch.Generator().manual_seed(2))
+    given = conditioning()
+    for tokens in (text(5, 5), text(4, 6)):
+        given = pack.negative(given, negative=[[tokens, {}]], mask=mask)
+    joined = [[torch.cat([text(5, 5), text(4, 6)], 1), {}]]
+    patched, alone = pack.patch(model, **NAG), pack.negative(conditioning(), negative=joined, mask=mask)
+    assert relative(sample(patched, given), sample(patched, alone)) <= 1e-6
+    other = pack.negative(given, negative=[[text(4, 7), {}]], mask=1 - mask)
+    with pytest.raises(ValueError, match="3 here differ in strength, mask or frames"):
+        sample(patched, other)
 
 
 def test_flux_takes_a_users_mask(pack):

@@ -158,11 +158,21 @@ def test_mask_and_reference_tokens(pack, models, case, affected):
 
 
 def test_mask_that_moves(pack, t2v):
-    """A MASK batch is a mask per frame, resized to the latent's frames."""
+    """A MASK batch of as many frames as the latent is a mask for each."""
     per_frame = torch.zeros(3, 4, 5)
     per_frame[0, :2], per_frame[1, 2:], per_frame[2] = 1.0, 1.0, 1.0
     pixels = per_frame.repeat_interleave(16, 1).repeat_interleave(16, 2)
     keep = per_frame.reshape(-1, 1).expand(-1, 5)
+    result, expected = both(pack, t2v, node={"mask": pixels}, expect={"keep": keep})
+    assert relative(result, expected) <= 1e-5
+
+
+def test_mask_of_pixel_frames(pack, t2v):
+    """Nine frames are three of the latent: the first alone, then four each, as causal VAEs have it."""
+    per_latent = torch.zeros(3, 4, 5)
+    per_latent[0, :2], per_latent[1, 2:], per_latent[2] = 1.0, 1.0, 1.0
+    pixels = per_latent[[0, 1, 1, 1, 1, 2, 2, 2, 2]].repeat_interleave(16, 1).repeat_interleave(16, 2)
+    keep = per_latent.reshape(-1, 1).expand(-1, 5)
     result, expected = both(pack, t2v, node={"mask": pixels}, expect={"keep": keep})
     assert relative(result, expected) <= 1e-5
 

@@ -7,7 +7,9 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..vsf_core import LAYERS, AttentionRecord, heat_colors, laid_over
+from .checks import one_of
 from .graph_check import ancestors
+from .negative import latent_frames_of
 from .record import Holder, MapType
 
 STEPS = ("mean", "each")
@@ -82,8 +84,7 @@ class VSFAttentionMap(io.ComfyNode):
             ("layers", layers, ("all", *LAYERS)),
             ("normalize", normalize, SCALES),
         ):
-            if value not in known:
-                raise ValueError(f'VSF: {name} must be one of {", ".join(known)}, got "{value}".')
+            one_of(name, value, known)
         record = map.record
         if record.runs == 0:
             raise ValueError(
@@ -126,10 +127,7 @@ def _per_picture(maps: Tensor, image: Tensor) -> Tensor:
             f"VSF: there are {count} pictures, but the recorded run made {batch} of {latent_frames} latent frames "
             "each. Connect the pictures of that very run, all of them."
         )
-    # causal video VAEs: the first latent frame is one frame, each further one is as many as the next
-    per_latent = max(1.0, (frames - 1) / max(1, latent_frames - 1))
-    at = (torch.arange(frames) / per_latent).ceil().long().clamp(max=latent_frames - 1)
-    return maps[:, at].flatten(0, 1)
+    return maps[:, latent_frames_of(frames, latent_frames)].flatten(0, 1)
 
 
 def _summary(record: AttentionRecord, layers: str, maps: Tensor) -> str:

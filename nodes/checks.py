@@ -1,6 +1,7 @@
 """What a node was given, checked before anything runs: an error that names the input beats one from a kernel."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,22 @@ def finite_number(name: str, value: Any) -> float:
     if not abs(number) <= _LARGEST:
         raise ValueError(f"VSF: {name} must be a finite number, got {shown(value)}.")
     return number
+
+
+def interval(first: str, start: Any, last: str, end: Any) -> tuple[float, float]:
+    """The values of the inputs ``first`` and ``last`` as a part of 0..1 that is not empty."""
+    start, end = finite_number(first, start), finite_number(last, end)
+    if not 0.0 <= start < end <= 1.0:
+        raise ValueError(
+            f"VSF: {first} ({start:g}) must lie before {last} ({end:g}), both in 0..1; otherwise the negative would "
+            "never act."
+        )
+    return start, end
+
+
+def one_of(name: str, value: Any, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f'VSF: {name} must be one of {", ".join(known)}, got "{shown(value)}".')
 
 
 def embedding(tokens: Any) -> Tensor:

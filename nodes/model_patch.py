@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..vsf_core import NAG, NASA, Guidance
 from .blocks import parse_blocks
-from .checks import finite_number, shown
+from .checks import finite_number, interval, one_of
 from .families import family_of
 from .seams import LAYOUTS, METHODS, Settings, VSFPatch
 
@@ -19,7 +19,9 @@ class VSFModelPatch(io.ComfyNode):
             description="Makes a few-step model obey the negatives of VSF Negative Conditioning, at cfg 1.",
             search_aliases=["negative prompt", "NAG", "cfg 1", "value sign flip", "VSF"],
             inputs=[
-                io.Model.Input("model", tooltip="The model to patch, after LoRAs and ModelSampling nodes or before."),
+                io.Model.Input(
+                    "model", tooltip="The model to patch. LoRA and ModelSampling nodes may come before or after."
+                ),
                 io.Float.Input(
                     "scale",
                     default=3.3,
@@ -35,8 +37,8 @@ class VSFModelPatch(io.ComfyNode):
                     min=-20.0,
                     max=100.0,
                     step=0.05,
-                    tooltip="Beta: how much less the picture looks at the negative at all. Higher is gentler; 60 is as "
-                    "good as never. May be negative: the authors' released pipeline acts like -0.6.",
+                    tooltip="Beta: lowers how much the picture attends to the negative. Higher is gentler; at 60 it "
+                    "has practically no effect. May be negative: the authors' released pipeline acts like -0.6.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -45,7 +47,7 @@ class VSFModelPatch(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     optional=True,
-                    tooltip="From which part of the sampling on the negative acts; 0 is from the first step.",
+                    tooltip="Where in the sampling the negative starts to act: 0 is the first step.",
                 ),
                 io.Float.Input(
                     "end_percent",
@@ -54,7 +56,7 @@ class VSFModelPatch(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     optional=True,
-                    tooltip="Until which part of the sampling the negative acts; 1 is to the last step.",
+                    tooltip="Where in the sampling the negative stops acting: 1 is after the last step.",
                 ),
                 io.String.Input(
                     "blocks",
@@ -75,8 +77,8 @@ class VSFModelPatch(io.ComfyNode):
                     "affect_references",
                     default=True,
                     optional=True,
-                    tooltip="Flux Kontext: whether the reference images' tokens see the negative too. Masks of "
-                    "negatives never apply to them.",
+                    tooltip="Models that take reference images (Flux Kontext, Flux.2, Qwen-Image-Edit, HunyuanVideo, "
+                    "Wan): whether the tokens of those see the negative too. Masks of negatives never apply to them.",
                 ),
                 io.Combo.Input(
                     "method",
@@ -117,8 +119,8 @@ class VSFModelPatch(io.ComfyNode):
                     step=0.1,
                     optional=True,
                     advanced=True,
-                    tooltip="Method nag: how many times longer than without it the result may get, at each token. The "
-                    "paper: 2.5, and 5 for strong.",
+                    tooltip="Method nag: the most a token's attention output may grow, relative to its length without "
+                    "NAG. The paper: 2.5, and 5 for strong.",
                 ),
                 io.Float.Input(
                     "nasa_scale",
@@ -153,17 +155,9 @@ class VSFModelPatch(io.ComfyNode):
         nasa_scale: float = 0.25,
     ) -> io.NodeOutput:
         scale, offset = finite_number("scale", scale), finite_number("offset", offset)
-        start_percent = finite_number("start_percent", start_percent)
-        end_percent = finite_number("end_percent", end_percent)
-        if not 0.0 <= start_percent < end_percent <= 1.0:
-            raise ValueError(
-                f"VSF: start_percent ({start_percent:g}) must lie before end_percent ({end_percent:g}), both in 0..1; "
-                "otherwise the negative would never act."
-            )
-        if layout not in LAYOUTS:
-            raise ValueError(f'VSF: layout must be one of {", ".join(LAYOUTS)}, got "{shown(layout)}".')
-        if method not in METHODS:
-            raise ValueError(f'VSF: method must be one of {", ".join(METHODS)}, got "{shown(method)}".')
+        start, end = interval("start_percent", start_percent, "end_percent", end_percent)
+        one_of("layout", layout, LAYOUTS)
+        one_of("method", method, METHODS)
         guide: Guidance | None = None
         if method == "nag":
             nag_alpha, nag_tau = finite_number("nag_alpha", nag_alpha), finite_number("nag_tau", nag_tau)
@@ -175,8 +169,6 @@ class VSFModelPatch(io.ComfyNode):
         family = family_of(model.model)
         parse_blocks(blocks, family.block_counts(model.model.diffusion_model))
         patched = model.clone()
-        settings = Settings(
-            scale, offset, start_percent, end_percent, blocks or "", layout, affect_references, method, guide
-        )
+        settings = Settings(scale, offset, start, end, blocks or "", layout, affect_references, method, guide)
         VSFPatch(settings, family).install(patched)
         return io.NodeOutput(patched)

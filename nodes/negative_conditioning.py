@@ -23,7 +23,10 @@ class VSFNegativeConditioning(io.ComfyNode):
             "several to push several things away, each with its own strength and mask.",
             search_aliases=["negative prompt", "NAG", "cfg 1", "value sign flip", "VSF"],
             inputs=[
-                io.Conditioning.Input("positive", tooltip="The positive prompt's conditioning; all its entries get N."),
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip="The positive prompt's conditioning; the negative is attached to all of its entries.",
+                ),
                 io.Clip.Input(
                     "clip", optional=True, tooltip="The text encoder of the positive prompt; needed for text."
                 ),
@@ -61,11 +64,7 @@ class VSFNegativeConditioning(io.ComfyNode):
                     tooltip="Lambda of the paper's Eq. 10: moves the negative away from the empty prompt. 8 for Flux "
                     "Schnell; 0 is off. Needs text.",
                 ),
-                io.Mask.Input(
-                    "mask",
-                    optional=True,
-                    tooltip="Where in the picture this negative acts: white is everywhere it does, black is nowhere.",
-                ),
+                io.Mask.Input("mask", optional=True, tooltip="White: the negative acts here. Black: it does not."),
                 io.Float.Input(
                     "from_frame",
                     default=0.0,
@@ -73,7 +72,7 @@ class VSFNegativeConditioning(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     optional=True,
-                    tooltip="Video models: from which part of the video on this negative acts; 0 is the first frame.",
+                    tooltip="Video models: where in the video this negative starts to act: 0 is the first frame.",
                 ),
                 io.Float.Input(
                     "to_frame",
@@ -82,7 +81,7 @@ class VSFNegativeConditioning(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     optional=True,
-                    tooltip="Video models: until which part of the video this negative acts; 1 is the last frame.",
+                    tooltip="Video models: where in the video this negative stops acting: 1 is after the last frame.",
                 ),
             ],
             outputs=[
@@ -106,16 +105,8 @@ class VSFNegativeConditioning(io.ComfyNode):
         positive = checks.conditioning("positive", positive)
         strength = checks.finite_number("strength", strength)
         extrapolation = checks.finite_number("extrapolation", extrapolation)
-        from_frame, to_frame = (
-            checks.finite_number("from_frame", from_frame),
-            checks.finite_number("to_frame", to_frame),
-        )
-        if not 0.0 <= from_frame < to_frame <= 1.0:
-            raise ValueError(
-                f"VSF: from_frame ({from_frame:g}) must lie before to_frame ({to_frame:g}), both in 0..1; otherwise "
-                "the negative would never act."
-            )
-        where = {"strength": strength, "mask": checks.mask(mask), "frames": (from_frame, to_frame)}
+        frames = checks.interval("from_frame", from_frame, "to_frame", to_frame)
+        where = {"strength": strength, "mask": checks.mask(mask), "frames": frames}
         has_text = bool(text and text.strip())
         if has_text and negative is not None:
             raise ValueError("VSF: both text and negative are given. Clear the text, or disconnect negative.")

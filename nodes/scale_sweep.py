@@ -1,11 +1,10 @@
 """The node "VSF Scale Sweep": one picture at several scales, as one batch."""
 
-import math
-
 import comfy.patcher_extension
 from comfy.nested_tensor import NestedTensor
 from comfy_api.latest import io
 
+from .checks import finite_number
 from .seams import SCALES_KEY, WRAPPER_KEY
 
 
@@ -62,14 +61,8 @@ class VSFScaleSweep(io.ComfyNode):
 
 def _parsed(text: str) -> tuple[float, ...]:
     """The numbers of a comma-separated text. Raises ``ValueError`` that names what is none."""
-    values = []
-    for item in filter(None, (part.strip() for part in text.split(","))):
-        try:
-            values.append(float(item))
-        except ValueError:
-            values.append(math.nan)
-        if not math.isfinite(values[-1]):
-            raise ValueError(f'VSF: scales: "{item}" is no number. Write for example "0, 1, 2, 3.3".')
+    items = [part.strip() for part in text.split(",")]
+    values = tuple(finite_number("each of scales, between commas,", item) for item in items if item)
     if not values:
         raise ValueError('VSF: scales is empty. Write for example "0, 1, 2, 3.3".')
-    return tuple(values)
+    return values

@@ -113,6 +113,8 @@ def test_refusals(pack, holder):
     for name in ("steps", "layers", "normalize"):
         with pytest.raises(ValueError, match=f"{name} must be one of"):
             show(pack, holder, torch.zeros(2, 16, 32, 3), **{name: "other"})
+        with pytest.raises(ValueError, match=r'got "\\ud800"'):
+            show(pack, holder, torch.zeros(2, 16, 32, 3), **{name: "\ud800"})
 
 
 def test_a_run_without_a_negative_is_black(pack):

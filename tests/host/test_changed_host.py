@@ -3,6 +3,7 @@
 Each test makes a tree of links to the real one in which single lines differ, and runs it in a process of its own.
 """
 
+import ast
 import importlib
 import os
 import re
@@ -129,6 +130,36 @@ def test_a_seam_that_is_gone_keeps_the_nodes_away(tmp_path):
     assert lines == ["NODES 0"]
     assert len(re.findall("VSF:", log)) == 1
     assert "needs comfy.patcher_extension.WrappersMP.CALC_COND_BATCH, which this ComfyUI" in log
+
+
+def used_of_comfyui(file: Path) -> set[str]:
+    """What a file imports of ComfyUI, by dotted names; of a module that it imports whole, what it takes from it."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    modules, used = {}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and not node.level and node.module.startswith("comfy"):
+            used |= {f"{node.module}.{name.name}" for name in node.names}
+        elif isinstance(node, ast.Import):
+            modules |= {n.asname or n.name: n.name for n in node.names if n.name.startswith("comfy")}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            text = ast.unparse(node)
+            used |= {m + text.removeprefix(name) for name, m in modules.items() if text.startswith(name + ".")}
+    return used
+
+
+def test_all_that_is_used_by_name_is_looked_for(pack):
+    check = importlib.import_module(pack.module.__name__ + ".nodes.host_check")
+    needed = [f"{module}.{name}" for module, name in check.NEEDED]
+    files = sorted((ROOT / "nodes").rglob("*.py"))
+    used = {name for file in files for name in used_of_comfyui(file)}
+    assert {"comfy.conds.CONDRegular", "comfy_api.latest.io"} <= used
+
+    def covered(name):
+        return any(name == n or n.startswith(f"{name}.") or name.startswith(f"{n}.") for n in needed)
+
+    assert sorted(name for name in used if not covered(name)) == []
+    assert all(check._has(module, name) for module, name in check.NEEDED)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,75 @@
+"""GitHub's workflows, as far as they run here; actionlint, which `dev.py test` runs, checks their form."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from hosting.host import CARRIER_VERSIONS
+from release import archive, manager
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / ".github" / "workflows"
+TEXTS = {path.stem: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.yml")}
+JOBS = {name: yaml.safe_load(text)["jobs"] for name, text in TEXTS.items()}
+STEPS = [step for jobs in JOBS.values() for job in jobs.values() for step in job.get("steps", ())]
+
+
+def run_step(script: str, folder: Path, **env: str) -> None:
+    """As GitHub runs a step on Linux."""
+    missing = [tool for tool in ("bash", "git", "jq", "python3") if shutil.which(tool) is None]
+    if missing or os.name == "nt":
+        pytest.skip(f"it runs on Linux alone; missing here: {missing}")
+    command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", script]
+    done = subprocess.run(command, cwd=folder, env={**os.environ, **env}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_they_use_and_name_is_there():
+    used = [step["uses"] for step in STEPS if "uses" in step]
+    assert used and all(re.fullmatch(r"actions/[\w-]+@v\d+", one) for one in used), "GitHub's own actions only"
+    called = [job["uses"] for jobs in JOBS.values() for job in jobs.values() if "uses" in job]
+    assert called and all((ROOT / one).is_file() for one in called)
+    paths = [path for text in TEXTS.values() for path in re.findall(r"(?<=\s)(?:pack/)?(tests/[\w./]+)", text)]
+    assert len(paths) >= 6 and all((ROOT / path).exists() for path in paths)
+    assert set(JOBS["tests"]["versions"]["strategy"]["matrix"]["comfyui"]) == set(CARRIER_VERSIONS)
+
+
+def test_what_is_published_was_tested_and_the_token_goes_nowhere_else():
+    publish = JOBS["publish"]["publish"]
+    assert set(publish["needs"]) == {"version", "tests"} and JOBS["publish"]["tests"]["needs"] == "version"
+    checked, published, tagged = publish["steps"][-3:]
+    assert checked["run"] == "python dev.py release" and "env" not in checked
+    assert "release-venv" in published["run"] and "secrets" in published["env"]["TOKEN"]
+    assert TEXTS["publish"].count("secrets.") == 1 and tagged["run"].startswith("gh api")
+
+
+def test_a_version_is_published_while_it_has_no_tag(tmp_path):
+    (script,) = [step["run"] for step in JOBS["publish"]["version"]["steps"] if step.get("id") == "version"]
+    output, project = tmp_path / "output", tmp_path / "pyproject.toml"
+    project.write_text('[tool.other]\nversion = "9.9.9"\n\n[project]\nversion = "1.2.3"\n')
+    archive.git("init", "--quiet", str(tmp_path))
+    archive.git(*manager.AUTHOR, "commit", "--quiet", "--allow-empty", "--message=x", folder=tmp_path)
+    for tags, said in (((), "new=1.2.3\n"), (("v1.2.30", "v1.2"), "new=1.2.3\n"), (("v1.2.3",), "")):
+        for tag in tags:
+            archive.git("tag", tag, folder=tmp_path)
+        output.write_text("")
+        run_step(script, tmp_path, GITHUB_OUTPUT=str(output))
+        assert output.read_text() == said
+
+
+@pytest.mark.parametrize(("open_issue", "command"), [("", "issue create --title"), ("7", "issue comment 7 --body")])
+def test_a_weekly_failure_is_an_issue_that_names_the_step(tmp_path, open_issue, command):
+    (report,) = [step for step in JOBS["weekly"]["newest"]["steps"] if step.get("if") == "failure()"]
+    gh = tmp_path / "gh"
+    gh.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/said\n[ "$2" = list ] && echo "{open_issue}" || true\n')
+    gh.chmod(0o755)
+    outcomes = {"pack": "success", "packages": "failure", "host-tests": "skipped"}
+    steps = json.dumps({name: {"outcome": outcome, "outputs": {}} for name, outcome in outcomes.items()})
+    run_step(report["run"], tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}", STEPS=steps, RUN="https://run")
+    said = (tmp_path / "said").read_text()
+    assert command in said and "Failed: packages. " in said and "of an unknown commit: https://run" in said

@@ -6,6 +6,7 @@ real ones, made without pip.
 
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -298,7 +299,7 @@ def test_a_second_set_up_waits_until_the_first_ends_or_dies(cache, monkeypatch, 
     tests = str(Path(hosting_host.__file__).parents[1])
     command = [sys.executable, "-c", HOLD_LOCK, str(cache.root)]
     other = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={"PYTHONPATH": tests, "PATH": ""}, text=True
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": tests}, text=True
     )
     assert other.stdout is not None and other.stdout.readline() == "locked\n"
     with (cache.root / "lock").open("a+") as file:

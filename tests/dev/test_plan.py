@@ -17,7 +17,7 @@ def test_all_versions(plan):
     newest, *older = plan("all", False, False)
     assert newest == ("0.30.0", [])
     assert [version for version, _ in older] == ["0.16.3", "0.18.2", "0.20.1", "0.24.1", "0.27.0"]
-    assert all(folders[0] == "tests/host" for _, folders in older)
+    assert all(folders == ["tests/host"] for _, folders in older)
 
 
 def test_what_was_asked_for_is_what_runs(plan):

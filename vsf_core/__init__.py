@@ -19,7 +19,7 @@ from .attention import (
 )
 from .attention_map import LAYERS, AttentionRecord, heat_colors, laid_over, layer_of
 from .backends import LSEAttention, lse_attention
-from .embeddings import content_length, extrapolate, null_embedding, whole_embedding_flip
+from .embeddings import content_length, extrapolate, null_embedding
 from .guidance import (
     NAG,
     NASA,
@@ -58,5 +58,4 @@ __all__ = [
     "merge_negative_",
     "null_embedding",
     "unless_all",
-    "whole_embedding_flip",
 ]

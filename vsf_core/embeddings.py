@@ -1,8 +1,7 @@
-"""Text embeddings of a negative prompt: padding (Appendix C), extrapolation (Appendix G), whole-embedding flip."""
+"""Text embeddings of a negative prompt: padding (Appendix C), extrapolation (Appendix G)."""
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 
@@ -33,8 +32,3 @@ def null_embedding(empty: Tensor, content: int) -> Tensor:
 def extrapolate(negative: Tensor, null: Tensor, strength: float) -> Tensor:
     """Eq. 10: ``p- <- p- + lambda (p- - p0)``. Shapes [B, n, C] and [1, 1, C]; strength 0 is the identity."""
     return negative + strength * (negative - null)
-
-
-def whole_embedding_flip(positive: Tensor, negative: Tensor, alpha: float) -> Tensor:
-    """The ablation "WEF" (Section 6.3): the flipped negative embedding appended to the positive one, [B, P + N, C]."""
-    return torch.cat((positive, -alpha * negative), dim=1)

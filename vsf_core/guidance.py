@@ -157,7 +157,7 @@ def cross_attention_guided(
 def _steer_(z: Tensor, z_neg: Tensor, guide: Guidance, phi: Tensor, presence: Tensor) -> None:
     """In place: ``z <- z + presence (guide(z, z_neg) - z)``, in fp32 and a chunk of rows at a time."""
     presence = presence[:, None]
-    for rows in row_chunks(z, z.shape[1]):
+    for rows in row_chunks(z, z.shape[3]):
         part = presence[:, :, rows] if presence.shape[2] > 1 else presence
         z_pos = z[:, :, rows].float()
         z[:, :, rows] = z_pos + part * (guide(z_pos, z_neg[:, :, rows].float(), phi[:, None]) - z_pos)

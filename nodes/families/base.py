@@ -82,8 +82,10 @@ class Family(ABC):
         """Channels of one attention head, the widest."""
 
     def layout(self, kind: str, args: Mapping[str, Any], negative: int) -> TokenLayout:
-        """The joint sequence inside a block of type ``kind``, from the arguments ComfyUI hands to a block patch."""
-        raise NotImplementedError(f"{self.title} has no joint sequence")
+        """The joint sequence inside a block of type ``kind``, from the arguments ComfyUI hands to a block patch. Asked
+        of joint families alone; in most blocks text and image are two streams."""
+        text = args["txt"].shape[1]
+        return TokenLayout(image=args["img"].shape[1], positive=text - negative, negative=negative)
 
     def arguments(self, block: Block, args: dict, negative: int, text: int) -> dict:
         """The arguments that ComfyUI hands to a block, with the ``negative`` tokens of N first in the stream of text;
@@ -100,8 +102,9 @@ class Family(ABC):
         return negative
 
     def reference_tokens(self, conds: Mapping[str, Any], diffusion_model: Any) -> tuple[int, int]:
-        """How many tokens of reference images the model puts before and after the image's, from its conds."""
-        return 0, 0
+        """How many tokens of reference images the model puts before and after the image's, from its conds. Those that
+        ComfyUI calls ``ref_latents`` come after."""
+        return 0, sum(self.grid(latent) for latent in conds.get("ref_latents") or ())
 
     def other_keys(self, latent: Tensor, conds: Mapping[str, Any], diffusion_model: Any) -> set[int]:
         """Where calls are told apart by it: how many keys the attentions over anything but text have."""
@@ -147,7 +150,7 @@ class CrossFamily(Family):
     """A family whose text is seen in cross-attention alone; the authors' released layout is the paper's Eq. 9 there."""
 
     cross = True
-    released = Released(copy=False, kinds=frozenset({"double"}))
+    released = Released(copy=False, kinds=frozenset({"double", "input", "middle", "output"}))
 
 
 def _cells(mask: Tensor, p: int) -> Tensor:

@@ -30,6 +30,3 @@ class Flux(Family):
             text = args["transformer_options"]["img_slice"][0]
             image = args["img"].shape[1] - text
         return TokenLayout(image, positive=text - negative, negative=negative)
-
-    def reference_tokens(self, conds: Mapping[str, Any], diffusion_model: Any) -> tuple[int, int]:
-        return 0, sum(self.grid(latent) for latent in conds.get("ref_latents") or ())

@@ -4,7 +4,6 @@ counted through, from half the picture's side on; a text with padding comes with
 from collections.abc import Mapping
 from typing import Any
 
-from ...vsf_core import TokenLayout
 from .base import Family
 
 
@@ -22,10 +21,3 @@ class QwenImage(Family):
 
     def head_dim(self, diffusion_model: Any) -> int:
         return diffusion_model.transformer_blocks[0].attention_head_dim
-
-    def layout(self, kind: str, args: Mapping[str, Any], negative: int) -> TokenLayout:
-        text = args["txt"].shape[1]
-        return TokenLayout(image=args["img"].shape[1], positive=text - negative, negative=negative)
-
-    def reference_tokens(self, conds: Mapping[str, Any], diffusion_model: Any) -> tuple[int, int]:
-        return 0, sum(self.grid(latent) for latent in conds.get("ref_latents") or ())

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ...vsf_core import TokenLayout
 from .base import Family, Released
 
 
@@ -29,7 +28,3 @@ class SD3(Family):
 
     def head_dim(self, diffusion_model: Any) -> int:
         return diffusion_model.hidden_size // diffusion_model.num_heads
-
-    def layout(self, kind: str, args: Mapping[str, Any], negative: int) -> TokenLayout:
-        text = args["txt"].shape[1]
-        return TokenLayout(image=args["img"].shape[1], positive=text - negative, negative=negative)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..blocks import Block, Counts
-from .base import CrossFamily, Released
+from .base import CrossFamily
 
 
 class UNet(CrossFamily):
@@ -17,7 +17,6 @@ class UNet(CrossFamily):
     encoders = frozenset({"sd1", "sd2", "sdxl"})
     patch_size = 1
     depths = (1, 2, 4, 8)
-    released = Released(copy=False, kinds=frozenset({"input", "middle", "output"}))
     marker = "attn2"
 
     def check(self, model: Any) -> None:

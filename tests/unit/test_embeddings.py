@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vsf_core import content_length, extrapolate, null_embedding, whole_embedding_flip
+from vsf_core import content_length, extrapolate, null_embedding
 
 
 @pytest.mark.parametrize(
@@ -29,10 +29,3 @@ def test_extrapolation_is_eq_10():
     assert torch.equal(extrapolate(negative, null, 0.0), negative)
     with pytest.raises(ValueError, match="no padding"):
         null_embedding(empty, content=3)
-
-
-def test_whole_embedding_flip():
-    p, n = torch.ones(1, 2, 3), torch.full((1, 1, 3), 2.0)
-    flipped = whole_embedding_flip(p, n, 1.5)
-    assert flipped.shape == (1, 3, 3)
-    assert torch.equal(flipped[:, 2:], torch.full((1, 1, 3), -3.0))

@@ -2,6 +2,7 @@
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { rootGraph } from "./graph.js";
 import { say } from "./words.js";
 
 const NODE = "VSFNegativeConditioning";
@@ -13,7 +14,7 @@ const shown = new WeakMap();
  * @param {string} executionId
  */
 function findNode(executionId) {
-  let graph = app.rootGraph ?? app.graph;
+  let graph = rootGraph(app);
   let node = null;
   for (const id of String(executionId).split(":")) {
     node = graph?.getNodeById(Number(id)) ?? null;

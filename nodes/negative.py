@@ -1,5 +1,6 @@
 """A negative on its way from its node to the model: in a CONDITIONING entry, then in one step's ``model_conds``."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import comfy.conds
 import comfy.utils
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 KEY = "vsf_negatives"
@@ -132,6 +134,35 @@ def step_conds(
     return out
 
 
+def unmistakable(ours: dict, positive: int, taken: set[int], multiple: int) -> dict:
+    """``ours`` with N padded until no other attention of the model has as many keys as the text stream.
+
+    Where a call is known by its number of keys alone, the picture's own tokens (self-attention) and CLIP-vision tokens
+    must not count the same. ``taken``: how many keys those have; ``multiple``: to what the model fills its text up.
+    """
+    n = ours["tokens"].shape[1]
+    positive += -positive % multiple  # the model goes on filling up P alone if N before it comes out even
+    extra = next(e for e in itertools.count(-n % multiple, multiple) if positive + n + e not in taken)
+    return lengthened(ours, extra) if extra else ours
+
+
+def lengthened(ours: dict, extra: int) -> dict:
+    """``ours`` with ``extra`` tokens of padding at the end of N, and a bias per token."""
+    length = ours["tokens"].shape[1]
+    bias = ours["bias"].expand(-1, -1, length)
+    ours = {
+        **ours,
+        "tokens": F.pad(ours["tokens"], (0, 0, 0, extra)),
+        "alpha": F.pad(ours["alpha"], (0, 0, 0, extra)),
+        "bias": F.pad(bias, (0, extra), value=torch.inf),
+        "mixed": True,
+    }
+    if "mask" in ours:
+        mask = ours["mask"].expand(-1, length, *(-1,) * (ours["mask"].ndim - 2))
+        ours["mask"] = torch.cat([mask, mask[:, -1:].expand(-1, extra, *(-1,) * (mask.ndim - 2))], dim=1)
+    return ours
+
+
 def _pooled(group: Sequence[Negative], groups: Sequence[Sequence[Negative]]) -> Tensor:
     """The one negative's pooled embedding [b, C'], or NaN in its place."""
     some = next(n.pooled for other in groups for n in other if n.pooled is not None)
@@ -169,7 +200,7 @@ def _latent_mask(group: Sequence[Negative], length: int, latent: Tensor, _window
     mask = torch.ones(batch, length, *size)
     for n, span in _spans(group):
         if n.mask is not None:
-            small = torch.nn.functional.interpolate(n.mask[:, None], size=size, mode="area")
+            small = F.interpolate(n.mask[:, None], size=size, mode="area")
             mask[:, span] = comfy.utils.repeat_to_batch_size(small, batch)
     return mask.to(latent.device)
 
@@ -197,8 +228,8 @@ def _in_latent_frames(mask: Tensor, latent_frames: int, size: torch.Size) -> Ten
     """A mask [frames, H, W] as [latent frames, h, w]: each latent frame has the mean over its own frames."""
     frames = mask.shape[0]
     if frames <= latent_frames:
-        return torch.nn.functional.interpolate(mask[None, None], size=(latent_frames, *size), mode="area")[0, 0]
-    small = torch.nn.functional.interpolate(mask[:, None], size=size, mode="area")[:, 0].cpu()
+        return F.interpolate(mask[None, None], size=(latent_frames, *size), mode="area")[0, 0]
+    small = F.interpolate(mask[:, None], size=size, mode="area")[:, 0].cpu()
     at = latent_frames_of(frames, latent_frames)
     total = torch.zeros(latent_frames, *size).index_add_(0, at, small)
     return total / at.bincount()[:, None, None]

@@ -1,0 +1,87 @@
+"""Modules of a model before its blocks that would take N and P for one text: for the length of one call, torch's own
+hooks are on them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..vsf_core import unless_all
+from .families import Family
+from .forward import FORWARD_KEY, Forward
+from .host_check import changed_host
+
+
+@contextmanager
+def text_kept_apart(forward: Forward, diffusion_model: Any, compiled: bool) -> Iterator[None]:
+    """While open, N is a text of its own to the modules before the blocks."""
+    with _positions(forward, diffusion_model, compiled), _refined(forward.family, diffusion_model):
+        yield
+
+
+@contextmanager
+def _positions(forward: Forward, diffusion_model: Any, compiled: bool) -> Iterator[None]:
+    """While open, N shifts no rotary position. ComfyUI has no hook for those: torch's own is on the module that
+    makes them, for the length of one call."""
+    family = forward.family
+    if family.rotary is None:
+        yield
+        return
+    seen, counts = [], (forward.tokens, forward.real_tokens(), forward.text)
+
+    def place(_: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        seen.append(True)
+        return family.positions(given[0], *counts, diffusion_model), *given[1:]
+
+    handle = getattr(diffusion_model, family.rotary).register_forward_pre_hook(place)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if not seen and not compiled and forward.reached.any():
+        raise changed_host(f"this model made its rotary positions without {family.rotary}")
+
+
+@contextmanager
+def _refined(family: Family, diffusion_model: Any) -> Iterator[None]:
+    """While open, N and P go through the family's ``refiner`` one by one, by torch's own hooks."""
+    if family.refiner is None:
+        yield
+        return
+    refined = []
+
+    def without_n(module: Any, given: tuple, options: dict) -> tuple[tuple, dict]:
+        forward: Forward = options["transformer_options"][FORWARD_KEY]
+        text, timesteps, mask = given
+        n, text = text[:, : forward.tokens], text[:, forward.tokens :]
+        n, hidden = _without_padding(n, forward.padding)
+        refined.append(module.forward(n, timesteps, hidden, **options))
+        return (text, timesteps, None if mask is None else mask[:, forward.tokens :]), options
+
+    def with_n(_module: Any, _given: tuple, _options: dict, text: Tensor) -> Tensor:
+        return torch.cat([refined.pop(), text], dim=1)
+
+    module = getattr(diffusion_model, family.refiner)
+    handles = [
+        module.register_forward_pre_hook(without_n, with_kwargs=True),
+        module.register_forward_hook(with_n, with_kwargs=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _without_padding(n: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """N [B, n, C] with its padding [B or 1, n] filled by the mean of the rest, so that the mean of all is that too; and
+    the additive mask [B, n] over the padding, if there is any."""
+    if padding is None:
+        return n, None
+    padding = unless_all(padding)
+    real = ~padding[..., None]
+    mean = (n.float() * real).sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True)
+    hidden = torch.zeros_like(padding, dtype=n.dtype).masked_fill(padding, torch.finfo(n.dtype).min)
+    return torch.where(real, n, mean.to(n)), hidden.expand(n.shape[0], -1)

@@ -22,8 +22,8 @@ def house(*parts: str) -> Image.Image:
     """The toy world's house by day with these parts, 32x32."""
     thing = BY_NAME["house"]
     present = np.array([[part.name in parts for part in thing.parts]])
-    one, no = np.zeros(1, np.int64), np.zeros((1, 3), bool)
-    scene = Scenes(thing, one, np.array([True]), present, np.zeros_like(present, np.int64), no, np.zeros((1, 64), "f4"))
+    one, yes, no = np.zeros(1, np.int64), np.array([True]), np.zeros((1, 3), bool)
+    scene = Scenes(thing, one, yes, yes, present, np.zeros_like(present, np.int64), no, np.zeros((1, 64), "f4"))
     return Image.fromarray((draw(scene)[0].transpose(1, 2, 0) * 255).round().astype(np.uint8))
 
 

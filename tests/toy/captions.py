@@ -1,7 +1,8 @@
 """The captions' embeddings, a family each: ComfyUI's tokenizers and text encoder classes with generated weights.
 
-The generated encoders' layers pass their input on, so that an embedding is a token's row of a table. For training,
-``Captions`` reads that table without running the encoder; a test compares the two.
+The generated encoders of SD3 and Flux pass their input on, so that an embedding is a token's row of a table; Wan's
+mixes a token with its neighbours. For training, ``Captions`` computes that without running the encoder; a test compares
+the two.
 """
 
 import io
@@ -52,7 +53,7 @@ def _wan() -> Any:
     from comfy.supported_models_base import ClipTarget
 
     table = umt5_table()
-    config = {**tiny.T5_CONFIG, "d_model": table.shape[1], "vocab_size": len(table)}
+    config = tiny.umt5_config(table)
     data = {"spiece_model": torch.frombuffer(bytearray(sentencepiece_model()), dtype=torch.uint8)}
     weights = [tiny.t5(table, umt5=True)]
     return _padded_less(
@@ -127,8 +128,7 @@ class Captions:
         if family == "flux":
             self.table = _rms(t5_table())
         elif family == "wan":
-            self.table = _rms(umt5_table()[:, :WIDTH])
-            self.table[0] = 0.0  # padding
+            self.table = umt5_table()[:, :WIDTH]
         self.seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -143,13 +143,27 @@ class Captions:
             chunks = self.tokenize(text)
             ids = {key: torch.tensor([token for token, _ in chunk]) for key, (chunk,) in chunks.items()}
             own = ids[self.key]
-            context = self.tokens[own] + self.positions if self.family == "sd3" else self.table[own]
+            if self.family == "sd3":
+                context = self.tokens[own] + self.positions
+            else:
+                context = self.table[own] if self.family == "flux" else _mixed(self.table[own], int((own != 0).sum()))
             self.seen[text] = context, self._pooled(ids["l"]) if "l" in ids else torch.zeros(POOLED)
         return self.seen[text]
 
     def _pooled(self, ids: Tensor) -> Tensor:
         end = int((ids == 49407).int().argmax())
         return layer_norm(self.tokens[ids[end]] + self.positions[end], (POOLED,))
+
+
+def _mixed(rows: Tensor, words: int) -> Tensor:
+    """What umt5's layer (``tiny.MIX``) makes of the first ``words`` rows; the rest is padding, and zero."""
+    own = rows[:words]
+    normed, distance = _rms(own), torch.arange(words) - torch.arange(words)[:, None]
+    mixed = own.clone()
+    for (offset, gain), shuffle in zip(tiny.MIX, tiny.shuffles(own.shape[1]), strict=True):
+        near = tiny.NEAR * (distance == offset) if offset else torch.zeros(words, words)
+        mixed += gain * (torch.softmax(near, 1) @ normed)[:, shuffle]
+    return torch.nn.functional.pad(_rms(mixed), (0, 0, 0, len(rows) - words))
 
 
 def _rms(table: Tensor) -> Tensor:

@@ -407,17 +407,30 @@ T5_CONFIG = {"num_layers": 1, "d_model": 256, "d_ff": 8, "d_kv": 8, "num_heads":
 """A T5 as ``t5`` writes it; the rest is as in ComfyUI's own configuration files."""
 
 
-def t5(table: Tensor, umt5: bool = False) -> StateDict:
-    """A T5 encoder of one layer that passes its input on: its output is the table's rows, normed to unit mean square.
+MIX = ((-1, 0.75), (1, 0.5), (0, 0.75))
+"""What umt5's layer adds to a token, a head each: (of the token so far on, or of the mean of all at 0; how much)."""
+NEAR = 8.0
+"""How much higher the neighbour's logit is than all others' in a head of ``MIX``."""
 
-    table: [pieces, width]; zero columns at the end do not count towards the mean.
+
+def shuffles(width: int) -> Tensor:
+    """The order [heads, width] in which each head of ``MIX`` adds its channels: a neighbour is not oneself."""
+    g = torch.Generator().manual_seed(3)
+    return torch.stack([torch.randperm(width, generator=g) for _ in MIX])
+
+
+def t5(table: Tensor, umt5: bool = False) -> StateDict:
+    """A T5 encoder of one layer; its output is normed to unit mean square.
+
+    T5's passes the table's rows on. umt5's mixes them, as real encoders do, or a negative's article would be the
+    prompt's: Wan's blocks have no attention in which text meets text. table: [pieces, width]; zero columns at the end
+    do not count towards the mean.
     """
     from comfy.text_encoders.t5 import T5
 
+    width, used = table.shape[1], int(table.abs().sum(0).count_nonzero())
     config = {
-        **T5_CONFIG,
-        "d_model": table.shape[1],
-        "vocab_size": len(table),
+        **(umt5_config(table) if umt5 else T5_CONFIG),
         "dense_act_fn": "gelu_pytorch_tanh",
         "is_gated_act": True,
         "model_type": "umt5" if umt5 else "t5",
@@ -425,9 +438,25 @@ def t5(table: Tensor, umt5: bool = False) -> StateDict:
     shapes = T5(config, torch.float32, "meta", torch.nn).state_dict()
     state = {key: torch.zeros(value.shape, dtype=torch.float16) for key, value in shapes.items()}
     state["shared.weight"].copy_(table)
-    used = int(table.abs().sum(0).count_nonzero())
-    state["encoder.final_layer_norm.weight"].fill_((used / table.shape[1]) ** 0.5)
+    norm = (used / width) ** 0.5
+    state["encoder.final_layer_norm.weight"].fill_(norm)
+    if umt5:
+        layer = "encoder.block.0.layer.0"
+        state[f"{layer}.layer_norm.weight"].fill_(norm)
+        bias, v, o = (state[f"{layer}.SelfAttention.{name}.weight"] for name in ("relative_attention_bias", "v", "o"))
+        channels = torch.arange(used)
+        for head, ((offset, gain), shuffle) in enumerate(zip(MIX, shuffles(used), strict=True)):
+            if offset:  # buckets of keys: 0 and up for those before the query, 16 and up for those behind
+                bias[abs(offset) + 16 * (offset > 0), head] = NEAR
+            v[head * used + channels, channels] = 1
+            o[channels, head * used + shuffle] = gain
     return state
+
+
+def umt5_config(table: Tensor) -> dict[str, int]:
+    """What ComfyUI has to know of ``t5``'s umt5 with this table."""
+    used = int(table.abs().sum(0).count_nonzero())
+    return {**T5_CONFIG, "d_model": table.shape[1], "vocab_size": len(table), "d_kv": used, "num_heads": len(MIX)}
 
 
 WIDE = {"context_embedder.weight": 4096, "y_embedder.mlp.0.weight": 2048, "text_embedding.0.weight": 4096}

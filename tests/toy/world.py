@@ -20,7 +20,13 @@ SPEED = 2.5
 PRESENT = 0.975
 """How often an essential part is drawn."""
 ALONE = 0.25
-"""How often a scene shows some parts and no body; its caption names just these."""
+"""How often a scene shows some parts alone, or with a body and no other part; its caption names just these."""
+BARE = 0.5
+"""How often there is no body in a scene of that kind."""
+NAMED, DETAILED, DESCRIBED = (0.1, 0.9), 0.6, 0.75
+"""How often a short and a detailed caption name a part of an object, how many captions are detailed, and how often a
+caption says the form of a part that it names. Where all else is named, what is not may well be missing: that, and its
+form, is what a part's word says. So a model looks for the word, as one does that learned from dense captions."""
 SPREAD = 0.04
 """Half-width of the uniform variation of a drawn thing's colour, each channel in 0..1."""
 TOLERANCE = 0.22
@@ -353,6 +359,8 @@ class Scenes:
 
     thing: Thing
     style: npt.NDArray[np.int64]
+    whole: Mask
+    """Which scenes are not of some parts alone."""
     body: Mask
     present: Mask
     form: npt.NDArray[np.int64]
@@ -365,21 +373,17 @@ class Scenes:
 
 
 def sample_scenes(rng: np.random.Generator, thing: Thing, n: int, alone: float = ALONE) -> Scenes:
-    """n random scenes; ``alone`` is the share of those without a body, which show at least one part."""
+    """n random scenes; ``alone`` is the share of those of some parts alone, at least one."""
     parts = len(thing.parts)
     present = rng.random((n, parts)) < PRESENT
-    body = rng.random(n) >= alone
+    whole = rng.random(n) >= alone
     some = (rng.random((n, parts)) < 0.4) | (np.arange(parts) == rng.integers(parts, size=(n, 1)))
-    present = np.where(body[:, None], present, some)
-    return Scenes(
-        thing,
-        rng.choice(len(STYLES), size=n, p=STYLE_ODDS),
-        body,
-        present,
-        rng.integers(2, size=(n, parts)),
-        rng.random((n, len(EXTRAS))) < 0.4,
-        rng.uniform(-1, 1, (n, 64)).astype(np.float32),
-    )
+    present = np.where(whole[:, None], present, some)
+    style = rng.choice(len(STYLES), size=n, p=STYLE_ODDS)
+    form = rng.integers(2, size=(n, parts))
+    extras = rng.random((n, len(EXTRAS))) < 0.4
+    numbers = rng.uniform(-1, 1, (n, 64)).astype(np.float32)
+    return Scenes(thing, style, whole, whole | (rng.random(n) >= BARE), present, form, extras, numbers)
 
 
 def draw_clips(scenes: Scenes, frames: int) -> Array:
@@ -474,10 +478,11 @@ def captions(rng: np.random.Generator, scenes: Scenes) -> list[str]:
 
 def _caption(rng: np.random.Generator, scenes: Scenes, i: int) -> str:
     start = rng.choice(["", "", "a photo of ", "a picture of "])
+    named = NAMED[int(rng.random() < DETAILED)] if scenes.whole[i] else 1.0
     parts = [
         _describe(rng, part, int(form))
         for part, present, form in zip(scenes.thing.parts, scenes.present[i], scenes.form[i], strict=True)
-        if present and (rng.random() < 0.3 or not scenes.body[i])
+        if present and rng.random() < named
     ]
     rng.shuffle(parts)
     extras = [
@@ -493,7 +498,7 @@ def _caption(rng: np.random.Generator, scenes: Scenes, i: int) -> str:
 
 
 def _describe(rng: np.random.Generator, part: Part, form: int) -> str:
-    if rng.random() < 0.4:
+    if rng.random() >= DESCRIBED:
         return part.phrase
     adjective = list(part.forms)[form]
     return f"{adjective} {part.name}" if part.name in PLURALS else f"a {adjective} {part.name}"

@@ -134,8 +134,7 @@ def telling_seed(toy: Toy, thing: str, part: str) -> tuple[np.ndarray, np.ndarra
     case, found = Case(thing, part, f"a {thing}", ""), []
     for seed in range(TRIES):
         without, with_ = (
-            drawn(toy, thing, part, method, scale, seed)
-            for method, scale in (("none", 0.0), ("vsf", 3.3))
+            drawn(toy, thing, part, method, scale, seed) for method, scale in (("none", 0.0), ("vsf", 3.3))
         )
         had, has = (sampling.score(one, case) for one in (without, with_))
         if not had.negative[0] and has.negative[0] and has.positive[0] and has.quality[0] >= LEAST_QUALITY:

@@ -36,7 +36,7 @@ THUMBNAILS = {
     "vsf_chroma1_hd_text_to_image": ("flux", "car", "wheels"),
     "vsf_sdxl_dmd2_text_to_image": ("sd3", "house", "door"),
     "vsf_anima_turbo_text_to_image": ("sd3", "car", "lamps"),
-    "vsf_ltxv_2b_distilled_text_to_video": ("wan", "boat", "sail"),
+    "vsf_ltxv_2b_distilled_text_to_video": ("wan", "car", "wheels"),
     "vsf_hunyuan_video_text_to_video": ("wan", "snowman", "hat"),
 }
 """Of each workflow: the toy's family, the object, and the part that goes."""

@@ -27,7 +27,7 @@ THUMBNAILS = {
     "vsf_flux_schnell_text_to_image": ("flux", "clock", "bells"),
     "vsf_flux_kontext_edit": ("flux", "tree", "apples"),
     "vsf_wan21_t2v_1_3b_causvid": ("wan", "cake", "candles"),
-    "vsf_wan22_i2v_14b_lightx2v": ("wan", "cake", "cherry"),
+    "vsf_wan22_i2v_14b_lightx2v": ("wan", "clock", "bells"),
     "vsf_wan22_t2v_14b_lightx2v": ("wan", "clock", "bells"),
     "vsf_generate_then_edit_flux_kontext": ("sd3", "snowman", "hat"),
     "vsf_z_image_turbo_text_to_image": ("sd3", "cake", "candles"),
@@ -36,7 +36,7 @@ THUMBNAILS = {
     "vsf_chroma1_hd_text_to_image": ("flux", "car", "wheels"),
     "vsf_sdxl_dmd2_text_to_image": ("sd3", "house", "door"),
     "vsf_anima_turbo_text_to_image": ("sd3", "car", "lamps"),
-    "vsf_ltxv_2b_distilled_text_to_video": ("wan", "car", "wheels"),
+    "vsf_ltxv_2b_distilled_text_to_video": ("wan", "house", "door"),
     "vsf_hunyuan_video_text_to_video": ("wan", "snowman", "hat"),
 }
 """Of each workflow: the toy's family, the object, and the part that goes."""

@@ -145,8 +145,10 @@ class Captions:
             own = ids[self.key]
             if self.family == "sd3":
                 context = self.tokens[own] + self.positions
+            elif self.family == "flux":
+                context = self.table[own]
             else:
-                context = self.table[own] if self.family == "flux" else _mixed(self.table[own], int((own != 0).sum()))
+                context = _mixed(self.table[own], int((own != 0).sum()))
             self.seen[text] = context, self._pooled(ids["l"]) if "l" in ids else torch.zeros(POOLED)
         return self.seen[text]
 

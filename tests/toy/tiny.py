@@ -428,7 +428,7 @@ def t5(table: Tensor, umt5: bool = False) -> StateDict:
     """
     from comfy.text_encoders.t5 import T5
 
-    width, used = table.shape[1], int(table.abs().sum(0).count_nonzero())
+    used = columns_used(table)
     config = {
         **(umt5_config(table) if umt5 else T5_CONFIG),
         "dense_act_fn": "gelu_pytorch_tanh",
@@ -438,7 +438,7 @@ def t5(table: Tensor, umt5: bool = False) -> StateDict:
     shapes = T5(config, torch.float32, "meta", torch.nn).state_dict()
     state = {key: torch.zeros(value.shape, dtype=torch.float16) for key, value in shapes.items()}
     state["shared.weight"].copy_(table)
-    norm = (used / width) ** 0.5
+    norm = (used / table.shape[1]) ** 0.5
     state["encoder.final_layer_norm.weight"].fill_(norm)
     if umt5:
         layer = "encoder.block.0.layer.0"
@@ -455,8 +455,13 @@ def t5(table: Tensor, umt5: bool = False) -> StateDict:
 
 def umt5_config(table: Tensor) -> dict[str, int]:
     """What ComfyUI has to know of ``t5``'s umt5 with this table."""
-    used = int(table.abs().sum(0).count_nonzero())
-    return {**T5_CONFIG, "d_model": table.shape[1], "vocab_size": len(table), "d_kv": used, "num_heads": len(MIX)}
+    sizes = {"d_model": table.shape[1], "vocab_size": len(table), "d_kv": columns_used(table), "num_heads": len(MIX)}
+    return {**T5_CONFIG, **sizes}
+
+
+def columns_used(table: Tensor) -> int:
+    """How many columns of a table of embeddings are not zero."""
+    return int(table.abs().sum(0).count_nonzero())
 
 
 WIDE = {"context_embedder.weight": 4096, "y_embedder.mlp.0.weight": 2048, "text_embedding.0.weight": 4096}

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..vsf_core import LAYERS, AttentionRecord, heat_colors, laid_over
 from .checks import one_of
 from .graph_check import ancestors
-from .negative import latent_frames_of
+from .latent_map import latent_frames_of
 from .record import Holder, MapType
 
 STEPS = ("mean", "each")

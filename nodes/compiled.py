@@ -23,7 +23,7 @@ def is_compiled(diffusion_model: Any, transformer_options: Mapping) -> bool:
     return unwrapped(diffusion_model) is not diffusion_model or bool(wrappers.get(WRAPPER_KEY))
 
 
-def told_apart(mark: str, blocks: int, control: dict | None, kwargs: dict) -> tuple[dict, dict]:
+def distinguish_graphs(mark: str, blocks: int, control: dict | None, kwargs: dict) -> tuple[dict, dict]:
     """``control`` and ``kwargs`` such that no graph of stock, or of another ``mark``, fits this pass.
 
     Guards are kept on the names of arguments (Flux and Wan pass them on) and on the length of a list that is read (SD3

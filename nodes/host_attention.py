@@ -66,6 +66,11 @@ class HostAttention:
     def keys(self) -> int:
         return self.given[1].shape[2 if self.has_heads else 1]
 
+    @property
+    def width(self) -> int:
+        """Channels of all heads."""
+        return self.heads * self.given[0].shape[-1] if self.has_heads else self.given[0].shape[-1]
+
     def unchanged(self) -> Tensor:
         """The call as it was going to be."""
         shape = {"skip_reshape": self.has_heads, "skip_output_reshape": self.keeps_heads}
@@ -94,7 +99,7 @@ class Backend:
     """Whose calls ``attend`` stands for (``LIBRARIES``); None: those of any other attention."""
     attend: LSEAttention | None
     """None: the call itself, with a mask of one row."""
-    deaf: str | None = None
+    ignores_mask: str | None = None
     """The name of an attention that ignores masks, so that PyTorch's runs in its place."""
 
     def attention(self, host: HostAttention) -> LSEAttention | None:
@@ -103,7 +108,7 @@ class Backend:
 
     def masked(self, host: HostAttention) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
         """An attention that takes an additive mask."""
-        return host.black_box if self.deaf is None else partial(_sdpa, scale=host.scale)
+        return host.black_box if self.ignores_mask is None else partial(_sdpa, scale=host.scale)
 
 
 def choose_backend(options: Mapping[str, Any], device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
@@ -115,7 +120,7 @@ def choose_backend(options: Mapping[str, Any], device: torch.device, dtype: torc
     options = {"block_index": 0, **options}
     host = HostAttention(options.get(OVERRIDE), func, q, k, v, 2, skip_reshape=True, transformer_options=options)
     attend = host.library and lse_attention(device, dtype, head_dim, host.library)
-    if attend or _heeds_masks(host):
+    if attend or _applies_masks(host):
         return Backend(host.library, attend or None)
     attend = lse_attention(device, dtype, head_dim)
     if attend is None:
@@ -124,10 +129,10 @@ def choose_backend(options: Mapping[str, Any], device: torch.device, dtype: torc
             f"{device.type} in {dtype}. Use another attention: remove the node that sets this one, or start ComfyUI "
             "with --use-pytorch-cross-attention."
         )
-    return Backend(host.library, attend, deaf=host.name)
+    return Backend(host.library, attend, ignores_mask=host.name)
 
 
-def _heeds_masks(host: HostAttention) -> bool:
+def _applies_masks(host: HostAttention) -> bool:
     """Whether the host's attention applies an additive mask of one row; SageAttention's kernels, for one, do not.
 
     True where the attempt fails: then the real call will fail too, and say why.

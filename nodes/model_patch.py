@@ -2,11 +2,12 @@
 
 from comfy_api.latest import io
 
-from ..vsf_core import NAG, NASA, Guidance
 from .blocks import parse_blocks
 from .checks import finite_number, interval, one_of
 from .families import family_of
-from .seams import LAYOUTS, METHODS, Settings, VSFPatch
+from .methods import METHODS
+from .run import Settings
+from .wrappers import LAYOUTS, VSFPatch
 
 
 class VSFModelPatch(io.ComfyNode):
@@ -157,18 +158,16 @@ class VSFModelPatch(io.ComfyNode):
         scale, offset = finite_number("scale", scale), finite_number("offset", offset)
         start, end = interval("start_percent", start_percent, "end_percent", end_percent)
         one_of("layout", layout, LAYOUTS)
-        one_of("method", method, METHODS)
-        guide: Guidance | None = None
-        if method == "nag":
-            nag_alpha, nag_tau = finite_number("nag_alpha", nag_alpha), finite_number("nag_tau", nag_tau)
-            scale, offset, guide = finite_number("nag_scale", nag_scale), 0.0, NAG(nag_alpha, nag_tau)
-        elif method == "nasa":
-            scale, offset, guide = finite_number("nasa_scale", nasa_scale), 0.0, NASA()
+        one_of("method", method, list(METHODS))
+        chosen, scales = METHODS[method], {"scale": scale, "nag_scale": nag_scale, "nasa_scale": nasa_scale}
+        scale = finite_number(chosen.scale_input, scales[chosen.scale_input])
+        offset = offset if chosen.has_offset else 0.0
+        arithmetic = chosen.core({"nag_alpha": nag_alpha, "nag_tau": nag_tau})
         if model is None:
             raise ValueError("VSF: model is None: the node before gave no model. Connect a model loader.")
         family = family_of(model.model)
         parse_blocks(blocks, family.block_counts(model.model.diffusion_model))
         patched = model.clone()
-        settings = Settings(scale, offset, start, end, blocks or "", layout, affect_references, method, guide)
+        settings = Settings(scale, offset, start, end, blocks or "", layout, affect_references, chosen, arithmetic)
         VSFPatch(settings, family).install(patched)
         return io.NodeOutput(patched)

@@ -1,35 +1,40 @@
 """The node "VSF Record": keeps which parts of the picture attended to the negative, for VSF Attention Map."""
 
-import sys
-from collections.abc import Sequence
 from typing import Any
 
 import comfy.patcher_extension
 import torch
 from comfy_api.latest import io
+from comfy_execution.utils import ExecutionContext, get_executing_context
 from torch import Tensor
 
 from ..vsf_core import AttentionRecord
-from .families import family_of
-from .negative import negatives_of, picture_of
-from .seams import RECORD_KEY
+from .families import Family, family_of
+from .latent_map import LatentMap, View, first_latent
+from .negative import negatives_of
+from .wrappers import RECORD_KEY
 
 MapType = io.Custom("VSF_MAP")
 WRAPPER_KEY = "vsf_record"
 
 
 class Holder:
-    """What travels as VSF_MAP: the record of the latest run of the model it was made for, and whose run that was.
+    """What travels as VSF_MAP: the records of the latest queue of the model it was made for, and whose runs these were.
 
     It belongs to the graph: ComfyUI caches it with VSF Record, and VSF Attention Map finds it again in a later queue in
-    which the sampler did not run. For its bound in memory see ``AttentionRecord``.
+    which the sampler did not run. A node that works through a list (RebatchLatents) has a run, and a record, for each of
+    its items. For the bound of one in memory see ``AttentionRecord``.
     """
 
-    def __init__(self, patch_size: int) -> None:
-        self.patch_size = patch_size
-        self.record = AttentionRecord()
-        self.prompt: str | None = None
-        """Id of the queued prompt that the run was part of; None outside a server."""
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self.records: dict[int, AttentionRecord] = {}
+        self.by: ExecutionContext | None = None
+        """What sampled first in the latest queue; None outside a server."""
+        self.queues = 0
+        """How many queues recorded anything here, ever."""
+        self.is_mixed = False
+        """Whether more than one run of this queue was recorded for the same item, or by another node."""
         self.picture: str | None = None
         """What made the picture of this run, once a VSF Attention Map has shown it."""
 
@@ -41,10 +46,29 @@ class Holder:
         if there was no other run.
         """
         shown_before = picture is not None and picture == self.picture
-        ours = self.prompt == current_prompt() or shown_before or self.record.runs == 1
+        now = get_executing_context()
+        of_this_queue = now is None or self.by is None or now.prompt_id == self.by.prompt_id
+        ours = of_this_queue or shown_before or self.queues == 1
         if ours:
             self.picture = picture
         return ours
+
+    def begin(self) -> AttentionRecord:
+        """The record of a run that begins."""
+        now = get_executing_context()
+        item = (now.list_index if now else None) or 0
+        if now is None or self.by is None or now.prompt_id != self.by.prompt_id:
+            self.records, self.by, self.is_mixed, self.picture = {}, now, False, None
+            self.queues += 1
+        else:
+            self.is_mixed = self.is_mixed or item in self.records or now.node_id != self.by.node_id
+        return self.records.setdefault(item, AttentionRecord())
+
+    def record_here(self) -> AttentionRecord | None:
+        """The record of the run that made the list item at which ComfyUI is at work; None if there is none."""
+        now = get_executing_context()
+        item = (now.list_index if now else None) or 0
+        return self.records.get(item if len(self.records) > 1 else next(iter(self.records), 0))
 
     def outer_sample(
         self,
@@ -57,53 +81,51 @@ class Holder:
         **kwargs: Any,
     ) -> Tensor:
         """The wrapper around a sampling run."""
-        guider, picture = executor.class_obj, picture_of(noise, kwargs.get("latent_shapes"))
-        frames = picture.shape[2] if picture.ndim == 5 else 1
-        shape = (picture.shape[0], frames, picture.shape[-2], picture.shape[-1])
-        self.record.begin(shape, len(sigmas) - 1, self.patch_size)
-        self.prompt, self.picture = current_prompt(), None
+        guider, latent = executor.class_obj, first_latent(noise, kwargs.get("latent_shapes"))
         entries = [e for branch, entries in guider.conds.items() if branch != "negative" for e in entries]
-        wanted = frozenset(e["uuid"] for e in entries if negatives_of(e))
+        others = [self.family.other_frames(entry, latent) for entry in entries] or [(0, 0)]
+        frames = LatentMap(latent.shape, *map(max, zip(*others, strict=True))).frames
+        record, wanted = self.begin(), frozenset(e["uuid"] for e in entries if negatives_of(e))
+        record.begin((latent.shape[0], frames, *latent.shape[-2:]), len(sigmas) - 1, self.family.patch_size)
         options = guider.model_options["transformer_options"]  # this run's own copy
-        options[RECORD_KEY] = Recorder(self.record, wanted, sigmas)
+        options[RECORD_KEY] = Recorder(record, wanted, sigmas)
         try:
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:
             options.pop(RECORD_KEY, None)
 
 
-def current_prompt() -> str | None:
-    """The id of the prompt that ComfyUI's server is at work on; None outside a server."""
-    module = sys.modules.get("server")
-    return getattr(getattr(getattr(module, "PromptServer", None), "instance", None), "last_prompt_id", None)
-
-
 class Recorder:
-    """One sampling run: from the patched model's forward passes into the holder."""
+    """One sampling run: from the patched model's forward passes into its record."""
 
     def __init__(self, record: AttentionRecord, entries: frozenset, sigmas: Tensor) -> None:
         self.record, self.entries, self.sigmas = record, entries, sigmas.cpu()
 
     def add(
-        self, shares: Tensor, counts: Tensor, latent: torch.Size, frames: Sequence[int] | None, options: dict
+        self, mass: Tensor, counts: Tensor, latent: Tensor, view: View, latent_map: LatentMap, options: dict
     ) -> None:
-        """A forward pass: ``shares`` [layer groups, B, tokens], summed over ``counts`` [layer groups] blocks.
+        """A forward pass on ``latent``, a ``view`` of the run's: ``mass`` [layer groups, B, tokens], summed over
+        ``counts`` [layer groups] blocks.
 
         B are the chunks that ComfyUI batched, of which those of the positive's entries with a negative are kept.
         """
-        if latent[-2:] != self.record.shape[2:]:
+        if latent.shape[-2:] != (len(view.rows), len(view.columns)) or view.size != self.record.shape[2:]:
             raise RuntimeError(
-                f"VSF: VSF Record works on whole pictures, but this step samples a part ({latent[-1]} x {latent[-2]} "
-                f"of {self.record.shape[3]} x {self.record.shape[2]} latent pixels), for a conditioning with an area. "
-                "Use ConditioningSetMask instead of an area, or remove VSF Record."
+                f"VSF: VSF Record works on whole pictures, but this step samples a part ({latent.shape[-1]} x "
+                f"{latent.shape[-2]} of {self.record.shape[3]} x {self.record.shape[2]} latent pixels), for a "
+                "conditioning with an area. Use ConditioningSetMask instead of an area, or remove VSF Record."
             )
         sigma = options["sigmas"][0].item()
         # samplers with several evaluations a step look between two noise levels of the schedule
         step = int((self.sigmas >= sigma * (1 - 1e-5)).sum()) - 1
         step = min(max(step, 0), self.record.steps - 1)
-        for part, uuid in zip(shares.cpu().chunk(len(options["uuids"]), dim=1), options["uuids"], strict=True):
+        places, frames = latent_map.own(view)
+        grid = (len(view.frames), *(-(-len(side) // self.record.patch) for side in (view.rows, view.columns)))
+        own = mass.cpu().unflatten(2, grid)[:, :, places]
+        at = view.pictures, frames, view.rows, view.columns
+        for part, uuid in zip(own.chunk(len(options["uuids"]), dim=1), options["uuids"], strict=True):
             if uuid in self.entries:
-                self.record.add(step, part, counts, frames)
+                self.record.add(step, part, counts, at)
 
 
 class VSFRecord(io.ComfyNode):
@@ -128,7 +150,7 @@ class VSFRecord(io.ComfyNode):
     @classmethod
     def execute(cls, model: io.Model.Type) -> io.NodeOutput:
         family = family_of(model.model)
-        if len(family.depths) > 1:
+        if len(family.grid_factors) > 1:
             raise ValueError(
                 f"VSF: VSF Record cannot serve {family.title}: the picture's grid differs from block to block of a "
                 "UNet, so there is no one map. Remove VSF Record; VSF Model Patch works without it."
@@ -136,6 +158,6 @@ class VSFRecord(io.ComfyNode):
         kind = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
         if model.get_wrappers(kind, WRAPPER_KEY):
             raise ValueError("VSF: this model has a VSF Record already. Remove one of the two nodes.")
-        holder, recorded = Holder(family.patch_size), model.clone()
+        holder, recorded = Holder(family), model.clone()
         recorded.add_wrapper_with_key(kind, WRAPPER_KEY, holder.outer_sample)
         return io.NodeOutput(recorded, holder)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from .families import Family
-from .negative import in_frames, is_video, negatives_of, same_mask
+from .latent_map import LatentMap, in_frames
+from .negative import negatives_of
 
 
 def check_negatives(
@@ -15,12 +16,12 @@ def check_negatives(
     mixes_pooled: bool,
     entries: Sequence[dict],
     diffusion_model: Any,
-    latent: Tensor,
+    latent_map: LatentMap,
     dtype: torch.dtype,
 ) -> None:
     """Raises ``ValueError`` for a negative among the conds ``entries`` that this model cannot take.
 
-    ``latent``: what will be sampled; ``dtype``: in which the model computes; ``mixes_pooled``: whether the layout mixes
+    ``latent_map``: what will be sampled; ``dtype``: in which the model computes; ``mixes_pooled``: whether the layout mixes
     the negative's pooled embedding into the positive's.
     """
     widths = family.negative_widths(diffusion_model)
@@ -42,14 +43,14 @@ def check_negatives(
                 f"VSF: the negative's embedding has values that {dtype}, in which this model runs, cannot hold. "
                 "Lower its weights, like (word:1.3), or its extrapolation."
             )
-        if is_video(latent) and not any(in_frames(negative.frames, latent.shape[2])):
+        if latent_map.is_video and not any(in_frames(negative.frames, latent_map.frames)):
             raise ValueError(
-                f"VSF: none of this video's {latent.shape[2]} latent frames lies between the negative's from_frame "
+                f"VSF: none of this video's {latent_map.frames} latent frames lies between the negative's from_frame "
                 f"({negative.frames[0]:g}) and to_frame ({negative.frames[1]:g}), so it never acts. Widen them."
             )
-        _check_batch("embedding", negative.tokens, latent)
-        if negative.mask is not None and not is_video(latent):  # in a video, the mask's pictures are frames
-            _check_batch("mask", negative.mask, latent)
+        _check_batch("embedding", negative.tokens, latent_map.batch)
+        if negative.mask is not None and not latent_map.is_video:  # in a video, the mask's pictures are frames
+            _check_batch("mask", negative.mask, latent_map.batch)
     if mixes_pooled:  # last: a negative of another encoder has a wrong one too
         _check_pooled(entries, dtype)
 
@@ -84,25 +85,10 @@ def _check_pooled(entries: Sequence[dict], dtype: torch.dtype) -> None:
             )
 
 
-def _check_batch(what: str, given: Tensor, latent: Tensor) -> None:
+def _check_batch(what: str, given: Tensor, batch: int) -> None:
     """Fewer are repeated in turn, as ComfyUI does with prompts; what does not come out even is a mistake."""
-    if latent.shape[0] % given.shape[0]:
+    if batch % given.shape[0]:
         raise ValueError(
-            f"VSF: the negative's {what} is a batch of {given.shape[0]}, but {latent.shape[0]} pictures are "
+            f"VSF: the negative's {what} is a batch of {given.shape[0]}, but {batch} pictures are "
             "sampled. Give it one for all, or one for each picture."
         )
-
-
-def check_guided(method: str, entries: Sequence[dict]) -> None:
-    """Raises ``ValueError`` for an entry whose negatives NAG and NASA, to which they are one, cannot take together."""
-    for entry in entries:
-        negatives = negatives_of(entry)
-        if not all(
-            (n.strength, n.frames) == (negatives[0].strength, negatives[0].frames)
-            and same_mask(n.mask, negatives[0].mask)
-            for n in negatives[1:]
-        ):
-            raise ValueError(
-                f"VSF: method {method} takes several negatives as one, but {len(negatives)} here differ in strength, "
-                "mask or frames. Make these the same, or set method to vsf on VSF Model Patch."
-            )

@@ -5,7 +5,8 @@ from comfy.nested_tensor import NestedTensor
 from comfy_api.latest import io
 
 from .checks import finite_number
-from .seams import SCALES_KEY, WRAPPER_KEY
+from .run import SCALES_KEY
+from .wrappers import WRAPPER_KEY
 
 
 class VSFScaleSweep(io.ComfyNode):

@@ -8,52 +8,59 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..vsf_core import unless_all
+from ..vsf_core import padding_mask, unless_all
 from .families import Family
-from .forward import FORWARD_KEY, Forward
+from .forward_context import FORWARD_KEY, ForwardContext
 from .host_check import changed_host
 
 
 @contextmanager
-def text_kept_apart(forward: Forward, diffusion_model: Any, compiled: bool) -> Iterator[None]:
+def text_kept_apart(forward: ForwardContext, diffusion_model: Any, compiled: bool) -> Iterator[None]:
     """While open, N is a text of its own to the modules before the blocks."""
     with _positions(forward, diffusion_model, compiled), _refined(forward.family, diffusion_model):
         yield
 
 
 @contextmanager
-def _positions(forward: Forward, diffusion_model: Any, compiled: bool) -> Iterator[None]:
+def _positions(forward: ForwardContext, diffusion_model: Any, compiled: bool) -> Iterator[None]:
     """While open, N shifts no rotary position. ComfyUI has no hook for those: torch's own is on the module that
     makes them, for the length of one call."""
-    family = forward.family
-    if family.rotary is None:
+    family, text = forward.family, forward.text
+    name = family.rope_module(diffusion_model)
+    if name is None:
         yield
         return
-    seen, counts = [], (forward.tokens, forward.real_tokens(), forward.text)
+    seen, counts = [], (forward.tokens, forward.real_tokens(), text.given)
 
     def place(_: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         seen.append(True)
-        return family.positions(given[0], *counts, diffusion_model), *given[1:]
+        if not text.in_one_piece:
+            raise RuntimeError(
+                "VSF: a patch of another node has put tokens between the negative and the prompt, and this model counts "
+                "its text through: their positions cannot be told. Remove that node, or VSF Model Patch."
+            )
+        ids, start = given[0], text.start
+        return torch.cat([ids[:, :start], family.positions(ids[:, start:], *counts, diffusion_model)], dim=1), *given[1:]
 
-    handle = getattr(diffusion_model, family.rotary).register_forward_pre_hook(place)
+    handle = getattr(diffusion_model, name).register_forward_pre_hook(place)
     try:
         yield
     finally:
         handle.remove()
     if not seen and not compiled and forward.reached.any():
-        raise changed_host(f"this model made its rotary positions without {family.rotary}")
+        raise changed_host(f"this model made its rotary positions without {name}")
 
 
 @contextmanager
 def _refined(family: Family, diffusion_model: Any) -> Iterator[None]:
-    """While open, N and P go through the family's ``refiner`` one by one, by torch's own hooks."""
-    if family.refiner is None:
+    """While open, N and P go through the family's ``token_refiner`` one by one, by torch's own hooks."""
+    if family.token_refiner is None:
         yield
         return
     refined = []
 
     def without_n(module: Any, given: tuple, options: dict) -> tuple[tuple, dict]:
-        forward: Forward = options["transformer_options"][FORWARD_KEY]
+        forward: ForwardContext = options["transformer_options"][FORWARD_KEY]
         text, timesteps, mask = given
         n, text = text[:, : forward.tokens], text[:, forward.tokens :]
         n, hidden = _without_padding(n, forward.padding)
@@ -63,7 +70,7 @@ def _refined(family: Family, diffusion_model: Any) -> Iterator[None]:
     def with_n(_module: Any, _given: tuple, _options: dict, text: Tensor) -> Tensor:
         return torch.cat([refined.pop(), text], dim=1)
 
-    module = getattr(diffusion_model, family.refiner)
+    module = getattr(diffusion_model, family.token_refiner)
     handles = [
         module.register_forward_pre_hook(without_n, with_kwargs=True),
         module.register_forward_hook(with_n, with_kwargs=True),
@@ -83,5 +90,5 @@ def _without_padding(n: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor 
     padding = unless_all(padding)
     real = ~padding[..., None]
     mean = (n.float() * real).sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True)
-    hidden = torch.zeros_like(padding, dtype=n.dtype).masked_fill(padding, torch.finfo(n.dtype).min)
+    hidden = padding_mask(padding, n.dtype).clamp(min=torch.finfo(n.dtype).min)
     return torch.where(real, n, mean.to(n)), hidden.expand(n.shape[0], -1)

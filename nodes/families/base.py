@@ -1,4 +1,4 @@
-"""What the seams need to know of a model family."""
+"""What the rest of the pack asks of a model family."""
 
 import math
 from abc import ABC, abstractmethod
@@ -38,22 +38,21 @@ class Family(ABC):
     """Names of the text encoders whose negatives fit (``encode.ENCODERS``)."""
     patch_size: int = 2
     """Latent pixels per image token, along each side."""
-    depths: tuple[int, ...] = (1,)
+    grid_factors: tuple[int, ...] = (1,)
     """By how much the image's grid is coarser than that, for each grid that blocks attend from: a UNet has several."""
     released: Released | None = None
     """None where the authors released no pipeline for the family."""
-    rotary: str | None = None
-    """The diffusion model's module that turns token positions into rotations, where text tokens are counted through."""
-    refiner: str | None = None
+    token_refiner: str | None = None
     """The diffusion model's module in which text tokens see one another before the blocks, called with (text,
     timesteps, mask): N goes through it by itself."""
-    cross: bool = False
+    cross_attention: bool = False
     """Text is seen in cross-attention alone (Eq. 9): no duplication and no isolation are needed."""
-    masked: bool = False
+    has_text_mask: bool = False
     """That attention may come with a mask, which hides the padding of P."""
-    compiles: bool = True
-    """Whether torch.compile takes the model in one graph; of pieces nobody could tell those with VSF."""
-    marker: str | None = "dit"
+    compiles_whole: bool = True
+    """Whether torch.compile takes the model as one graph. Where it makes pieces, those with VSF look like those
+    without."""
+    block_hook: str | None = "dit"
     """How a block tells that it runs: "dit", through its entry in ``patches_replace``; "attn2", through an
     ``attn2_patch``; None where ComfyUI offers neither: then each block must show its attention over text."""
 
@@ -81,16 +80,27 @@ class Family(ABC):
     def head_dim(self, diffusion_model: Any) -> int:
         """Channels of one attention head, the widest."""
 
-    def layout(self, kind: str, args: Mapping[str, Any], negative: int) -> TokenLayout:
-        """The joint sequence inside a block of type ``kind``, from the arguments ComfyUI hands to a block patch. Asked
-        of joint families alone; in most blocks text and image are two streams."""
-        text = args["txt"].shape[1]
-        return TokenLayout(image=args["img"].shape[1], positive=text - negative, negative=negative)
+    def rope_module(self, diffusion_model: Any) -> str | None:
+        """The diffusion model's module that turns token positions into rotations, where text tokens are counted
+        through, so that N would shift them."""
+        return None
 
-    def arguments(self, block: Block, args: dict, negative: int, text: int) -> dict:
-        """The arguments that ComfyUI hands to a block, with the ``negative`` tokens of N first in the stream of text;
-        ``text``: how many of its tokens were given to the model, N included."""
-        return args
+    def tokens_before(self, count: int, given: int) -> int:
+        """How many tokens of its own the model has put in front of the ``given`` tokens of text, where the first block
+        gets ``count``."""
+        return 0
+
+    def text_of(self, kind: str, args: Mapping[str, Any]) -> Tensor:
+        """The stream [B, tokens, C] in which N is, from what ComfyUI hands to a block of type ``kind`` and gets back."""
+        return args["txt"]
+
+    def layout(self, kind: str, args: Mapping[str, Any], negative: int, start: int, added: int) -> TokenLayout:
+        """The joint sequence inside a block of type ``kind``, from the arguments ComfyUI hands to a block patch. Asked
+        of joint families alone; in most blocks text and image are two streams.
+
+        start: N's first token in the text; added: how many tokens a patch around this block has put in front of it."""
+        text = args["txt"].shape[1]
+        return TokenLayout(image=args["img"].shape[1], positive=text - negative, negative=negative, before=start)
 
     def block_of(self, options: Mapping[str, Any], before: int) -> Block:
         """The block of an attention over text that no block patch encloses, from its ``transformer_options`` and the
@@ -106,7 +116,16 @@ class Family(ABC):
         ComfyUI calls ``ref_latents`` come after."""
         return 0, sum(self.grid(latent) for latent in conds.get("ref_latents") or ())
 
-    def other_keys(self, latent: Tensor, conds: Mapping[str, Any], diffusion_model: Any) -> set[int]:
+    def other_frames(self, entry: Mapping[str, Any], latent: Tensor) -> tuple[int, int]:
+        """How many frames of the ``latent`` of a run are references' or guides' and not the picture's: in front of its
+        own and behind them. ``entry``: what the CONDITIONING says."""
+        return 0, 0
+
+    def kept_tokens(self, latent: Tensor, conds: Mapping[str, Any]) -> Tensor | None:
+        """bool [I]: which of a latent's tokens the model keeps, where it leaves some out."""
+        return None
+
+    def other_sequence_lengths(self, latent: Tensor, conds: Mapping[str, Any], diffusion_model: Any) -> set[int]:
         """Where calls are told apart by it: how many keys the attentions over anything but text have."""
         before, after = self.reference_tokens(conds, diffusion_model)
         padding = self.image_padding(latent, diffusion_model)
@@ -133,23 +152,23 @@ class Family(ABC):
         return self.grids(latent)[0]
 
     def grids(self, latent: Tensor) -> list[int]:
-        """Image tokens at each of ``depths``."""
+        """Image tokens at each of ``grid_factors``."""
         frames = latent.shape[2] if latent.ndim == 5 else 1
-        patches = (self.patch_size * depth for depth in self.depths)
+        patches = (self.patch_size * factor for factor in self.grid_factors)
         return [frames * math.prod(-(-size // p) for size in latent.shape[-2:]) for p in patches]
 
     def image_tokens(self, mask: Tensor) -> Tensor:
         """A latent-sized mask [B, m, (frames,) h, w] as [B, I, m], a row an image token: the share of it inside.
 
-        The rows of one of ``depths`` follow those of the one before.
+        The rows of one of ``grid_factors`` follow those of the one before.
         """
-        return torch.cat([_cells(mask, self.patch_size * depth) for depth in self.depths], dim=1)
+        return torch.cat([_cells(mask, self.patch_size * factor) for factor in self.grid_factors], dim=1)
 
 
 class CrossFamily(Family):
     """A family whose text is seen in cross-attention alone; the authors' released layout is the paper's Eq. 9 there."""
 
-    cross = True
+    cross_attention = True
     released = Released(copy=False, kinds=frozenset({"double", "input", "middle", "output"}))
 
 

@@ -21,4 +21,6 @@ class ChromaRadiance(Chroma):
     title = "Chroma Radiance"
     model_classes = frozenset({"comfy.model_base.ChromaRadiance"})
     patch_size = 16
-    rotary = "pe_embedder"
+
+    def rope_module(self, diffusion_model: Any) -> str:
+        return "pe_embedder"

@@ -19,7 +19,7 @@ class Cosmos(CrossFamily):
     title = "Cosmos Predict2 (text and image to video)"
     model_classes = frozenset({"comfy.model_base.CosmosPredict2"})
     encoders = frozenset({"cosmos"})
-    marker = None
+    block_hook = None
 
     def block_counts(self, diffusion_model: Any) -> Mapping[str, int]:
         return {"double": len(diffusion_model.blocks)}

@@ -1,8 +1,11 @@
 """Flux.1: double blocks over [text, image], then single blocks over one joined sequence; reference images follow the
-image (Kontext). All text has rotary position 0, so N0's place in the stream shifts nothing."""
+image (Kontext). All text has rotary position 0, so N0's place in the stream shifts nothing; Ovis-Image, which loads as
+the same class, counts its text through."""
 
 from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor
 
 from ...vsf_core import TokenLayout
 from .base import Family, Released
@@ -23,10 +26,14 @@ class Flux(Family):
     def head_dim(self, diffusion_model: Any) -> int:
         return diffusion_model.hidden_size // diffusion_model.num_heads
 
-    def layout(self, kind: str, args: Mapping[str, Any], negative: int) -> TokenLayout:
+    def rope_module(self, diffusion_model: Any) -> str | None:
+        return "pe_embedder" if getattr(diffusion_model.params, "txt_ids_dims", None) else None
+
+    def text_of(self, kind: str, args: Mapping[str, Any]) -> Tensor:
+        return args["txt" if kind == "double" else "img"]
+
+    def layout(self, kind: str, args: Mapping[str, Any], negative: int, start: int, added: int) -> TokenLayout:
         if kind == "double":
-            text, image = args["txt"].shape[1], args["img"].shape[1]
-        else:  # one stream, text first
-            text = args["transformer_options"]["img_slice"][0]
-            image = args["img"].shape[1] - text
-        return TokenLayout(image, positive=text - negative, negative=negative)
+            return super().layout(kind, args, negative, start, added)
+        text = args["transformer_options"]["img_slice"][0] + added  # one stream, text first
+        return TokenLayout(args["img"].shape[1] - text, positive=text - negative, negative=negative, before=start)

@@ -15,7 +15,6 @@ class Flux2(Flux):
     encoders = frozenset({"flux2"})
     patch_size = 1
     released = None
-    rotary = "pe_embedder"
 
     def positions(self, ids: Tensor, negative: int, real: Tensor, text: int, diffusion_model: Any) -> Tensor:
         positive = text - negative

@@ -4,9 +4,6 @@ their mean, so N goes there by itself; in 1.5, text of other encoders then stand
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from ..blocks import Block
 from .flux import Flux
 
 
@@ -15,7 +12,7 @@ class HunyuanVideo(Flux):
     model_classes = frozenset(f"comfy.model_base.HunyuanVideo{kind}" for kind in ("", "I2V", "SkyreelsI2V"))
     encoders = frozenset({"hunyuan_video"})
     released = None
-    refiner = "txt_in"
+    token_refiner = "txt_in"
 
     def reference_tokens(self, conds: Mapping[str, Any], diffusion_model: Any) -> tuple[int, int]:
         if conds.get("guiding_frame_index") is not None:
@@ -31,12 +28,8 @@ class HunyuanVideo15(HunyuanVideo):
     title = "HunyuanVideo 1.5"
     model_classes = frozenset(f"comfy.model_base.HunyuanVideo15{kind}" for kind in ("", "_SR_Distilled"))
     encoders = frozenset({"hunyuan_video_15"})
-    compiles = False
+    compiles_whole = False
     patch_size = 1
 
-    def arguments(self, block: Block, args: dict, negative: int, text: int) -> dict:
-        if block != ("double", 0):  # what this one returns goes on to the others
-            return args
-        front = args["txt"].shape[1] - text
-        others, n, rest = args["txt"].split([front, negative, text - negative], dim=1)
-        return {**args, "txt": torch.cat([n, others, rest], dim=1)}
+    def tokens_before(self, count: int, given: int) -> int:
+        return count - given

@@ -1,5 +1,5 @@
 """LTX-Video and LTX-2: text is seen in cross-attention alone; its keys are [N, P], with a mask over the padding of P.
-Frames of guides are frames of the latent.
+Frames of guides follow those of the video, and are cut off in the end.
 
 LTX-2 makes sound too, from the same text but in attention of its own, narrower and without N. Its text comes raw from
 the encoder, led by a start token; connectors of its own let that see 1024 learned tokens, which N does not need."""
@@ -20,7 +20,7 @@ class LTXV(CrossFamily):
     model_classes = frozenset({"comfy.model_base.LTXV"})
     encoders = frozenset({"ltxv"})
     patch_size = 1
-    masked = True
+    has_text_mask = True
 
     def block_counts(self, diffusion_model: Any) -> Mapping[str, int]:
         return {"double": len(diffusion_model.transformer_blocks)}
@@ -31,18 +31,29 @@ class LTXV(CrossFamily):
     def head_dim(self, diffusion_model: Any) -> int:
         return diffusion_model.attention_head_dim
 
-    def other_keys(self, latent: Tensor, conds: Mapping[str, Any], diffusion_model: Any) -> set[int]:
-        keys, denoise = super().other_keys(latent, conds, diffusion_model), conds.get("denoise_mask")
-        if conds.get("keyframe_idxs") is None or denoise is None:
-            return keys
-        return keys | {int((denoise[0] >= 0).all(dim=0).sum())}  # without what guides leave out
+    def other_sequence_lengths(self, latent: Tensor, conds: Mapping[str, Any], diffusion_model: Any) -> set[int]:
+        kept = self.kept_tokens(latent, conds)
+        return super().other_sequence_lengths(latent, conds, diffusion_model) | (set() if kept is None else {int(kept.sum())})
+
+    def other_frames(self, entry: Mapping[str, Any], latent: Tensor) -> tuple[int, int]:
+        guides, tokens = entry.get("guide_attention_entries"), entry.get("keyframe_idxs")
+        if guides:
+            return 0, sum(guide["latent_shape"][0] for guide in guides)
+        return 0, 0 if tokens is None else tokens.shape[2] // (latent.shape[-2] * latent.shape[-1])
+
+    def kept_tokens(self, latent: Tensor, conds: Mapping[str, Any]) -> Tensor | None:
+        denoise, tokens = conds.get("denoise_mask"), conds.get("keyframe_idxs")
+        if denoise is None or tokens is None or tokens.shape[2] == 0:
+            return None
+        kept = (denoise[0] >= 0).all(dim=0).expand(latent.shape[2:]).flatten()  # guides may leave out some of theirs
+        return None if kept.all() else kept
 
 
 class LTXAV(LTXV):
     title = "LTX-2"
     model_classes = frozenset({"comfy.model_base.LTXAV"})
     encoders = frozenset({"ltxav"})
-    compiles = False
+    compiles_whole = False
 
     def check(self, model: Any) -> None:
         if self.attention_width(model.diffusion_model) == model.diffusion_model.audio_inner_dim:
@@ -50,6 +61,9 @@ class LTXAV(LTXV):
 
     def attention_width(self, diffusion_model: Any) -> int:
         return diffusion_model.inner_dim
+
+    def text_of(self, kind: str, args: Mapping[str, Any]) -> Tensor:
+        return args["v_context"]
 
     def context_width(self, diffusion_model: Any) -> int:
         if diffusion_model.caption_proj_before_connector:
@@ -70,7 +84,7 @@ class LTXAV(LTXV):
             raise ValueError("VSF: the negative has no words, only a start token. Give it some, or remove it.")
         return replace(negative, tokens=ready[:, 1 : raw.shape[1]])
 
-    def other_keys(self, latent: Tensor, conds: Mapping[str, Any], diffusion_model: Any) -> set[int]:
+    def other_sequence_lengths(self, latent: Tensor, conds: Mapping[str, Any], diffusion_model: Any) -> set[int]:
         sound = sum(shape[2] for shape in conds.get("latent_shapes", ())[1:])
         voice = conds["ref_audio"]["tokens"].shape[1] if conds.get("ref_audio") else 0
-        return super().other_keys(latent, conds, diffusion_model) | {sound, voice + sound}
+        return super().other_sequence_lengths(latent, conds, diffusion_model) | {sound, voice + sound}

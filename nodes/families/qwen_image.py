@@ -11,7 +11,9 @@ class QwenImage(Family):
     title = "Qwen-Image (and Edit, 2509, 2511, Layered)"
     model_classes = frozenset({"comfy.model_base.QwenImage"})
     encoders = frozenset({"qwen_image"})
-    rotary = "pe_embedder"
+
+    def rope_module(self, diffusion_model: Any) -> str:
+        return "pe_embedder"
 
     def block_counts(self, diffusion_model: Any) -> Mapping[str, int]:
         return {"double": len(diffusion_model.transformer_blocks)}

@@ -16,8 +16,8 @@ class UNet(CrossFamily):
     model_classes = frozenset({"comfy.model_base.BaseModel", "comfy.model_base.SDXL"})
     encoders = frozenset({"sd1", "sd2", "sdxl"})
     patch_size = 1
-    depths = (1, 2, 4, 8)
-    marker = "attn2"
+    grid_factors = (1, 2, 4, 8)
+    block_hook = "attn2"
 
     def check(self, model: Any) -> None:
         if not any(self.block_counts(model.diffusion_model).values()):

@@ -15,8 +15,7 @@ class ZImage(Family):
     title = "Z-Image (and Turbo)"
     model_classes = frozenset({"comfy.model_base.Lumina2"})
     encoders = frozenset({"z_image"})
-    rotary = "rope_embedder"
-    marker = None
+    block_hook = None
 
     def check(self, model: Any) -> None:
         if model.diffusion_model.pad_tokens_multiple is None:
@@ -24,6 +23,9 @@ class ZImage(Family):
                 "VSF: this model of the class Lumina2 is not Z-Image, and others (Lumina Image 2.0, NewBie) are not "
                 "supported. Connect a Z-Image model, or remove VSF Model Patch from this workflow."
             )
+
+    def rope_module(self, diffusion_model: Any) -> str:
+        return "rope_embedder"
 
     def block_counts(self, diffusion_model: Any) -> Mapping[str, int]:
         return {"double": len(diffusion_model.layers)}

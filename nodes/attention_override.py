@@ -1,0 +1,219 @@
+"""Which attention call of a model is over text, and VSF in its place. The door is ``patched_options``."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..vsf_core import AttentionBackend, TokenLayout, attend_cross, attend_joint, padding_mask, unless_all, way_of
+from .blocks import Block
+from .forward_context import BLOCK_KEY, FORWARD_KEY, BlockContext, ForwardContext
+from .host_attention import OVERRIDE, HostAttention
+from .host_check import changed_host
+from .text_patches import text_followed
+
+
+def patched_options(options: dict, forward: ForwardContext) -> dict:
+    """A copy of ``transformer_options`` in which each block's patch is wrapped, so that we know where we are, and N is
+    followed through the patches of others."""
+    family = forward.family
+    options = text_followed({**options, FORWARD_KEY: forward}, forward)
+    if family.cross_attention:  # for the whole forward: VACE's blocks run outside the block patches
+        options[OVERRIDE] = partial(_cross_override, options.get(OVERRIDE))
+    elif family.block_hook is None:
+        options.pop("block_index", None)
+        options[OVERRIDE] = partial(_unmarked_override, options.get(OVERRIDE))
+    if family.block_hook == "attn2":  # the last one, next to the attention itself
+        patches = options.get("patches", {})
+        options["patches"] = {**patches, "attn2_patch": [*patches.get("attn2_patch", ()), _mark_block]}
+    if family.block_hook != "dit":
+        return options
+    replace = options.get("patches_replace", {})
+    dit, result = dict(replace.get("dit", {})), {}
+    for position, block in enumerate(forward.run.blocks):
+        key = (f"{block[0]}_block", block[1])
+        dit[key] = partial(_run_block, block, position, dit.get(key), result)
+    return {**options, "patches_replace": {**replace, "dit": dit}}
+
+
+def _run_block(
+    block: Block, position: int, previous: Callable | None, result: dict, args: dict, extra: Mapping
+) -> dict:
+    """An entry of ``patches_replace["dit"]``: the block with VSF's attention, inside whatever was there before.
+
+    ``result`` is returned from every block of a pass: ComfyUI's loop holds what a block returned while the next one
+    runs, which in Flux's first single block would be an image more than without patches.
+    """
+    start = _enter_block(block, previous, args)
+
+    def original(inner: dict) -> dict:
+        try:
+            options, stock = inner["transformer_options"], extra["original_block"]
+            forward: ForwardContext = options[FORWARD_KEY]
+            if previous is not None:
+                forward.text.follow(forward.family.text_of(block[0], inner), ("inside", block), [previous])
+            here = _inside(block, position, forward, inner, forward.text.start - start)
+        except KeyError as missing:
+            raise changed_host(f"{block[0]} blocks hand their patches no {missing}") from missing
+        forward.reached[0, position].add_(1)
+        made = stock({**inner, "transformer_options": {**options, **here}})
+        forward.text.leave_block(None if forward.family.cross_attention else forward.family.text_of(block[0], made))
+        return made
+
+    result.clear()
+    made = original(args) if previous is None else previous(args, {**extra, "original_block": original})
+    if torch.compiler.is_compiling():
+        return made
+    result.update(made)
+    return result
+
+
+def _enter_block(block: Block, previous: Callable | None, args: dict) -> int:
+    """N's first token in the text that goes into a block, and then through the patch ``previous``."""
+    try:
+        forward: ForwardContext = args["transformer_options"][FORWARD_KEY]
+        given = forward.family.text_of(block[0], args)
+    except KeyError as missing:
+        raise changed_host(f"{block[0]} blocks hand their patches no {missing}") from missing
+    start = forward.text.enter_block(block, given, forward.family.tokens_before)
+    if previous is not None:
+        forward.text.hold(given)
+    return start
+
+
+def _inside(block: Block, position: int, forward: ForwardContext, args: dict, added: int) -> dict[str, Any]:
+    """What a block's ``transformer_options`` gain: where the attention is and, of a joint one, which call it is."""
+    here: dict[str, Any] = {BLOCK_KEY: forward.block(block, forward.reached[1, position], forward.note(position))}
+    if not forward.family.cross_attention:  # else the override is in force already
+        forward.cached_keys = 0
+        layout = forward.family.layout(block[0], args, forward.tokens, forward.text.start, added)
+        here[OVERRIDE] = partial(_joint_override, layout, args["transformer_options"].get(OVERRIDE))
+    return here
+
+
+def _mark_block(n: Tensor, context: Tensor, value: Tensor, options: dict) -> tuple[Tensor, Tensor, Tensor]:
+    """An ``attn2_patch`` that changes nothing: it tells that a block's attention over text is about to run."""
+    forward: ForwardContext = options[FORWARD_KEY]
+    block = forward.family.block_of(options, forward.calls)
+    if block in forward.run.blocks:
+        forward.reached[0, forward.run.blocks.index(block)].add_(1)
+    return n, context, value
+
+
+def _cross_override(previous: Callable | None, func: Callable, *args: Any, **kwargs: Any) -> Tensor:
+    """ComfyUI's attention call in a cross-attention model: VSF where its keys are the text stream, with N in it."""
+    host = HostAttention(previous, func, *args, **kwargs)
+    forward: ForwardContext = host.options[FORWARD_KEY]
+    text = forward.text
+    is_other = forward.width is not None and host.keys == text.given and forward.width != host.width
+    if host.keys != text.count - text.leading and not is_other:
+        return host.unchanged()
+    if host.queries == host.keys or (host.mask is not None and not forward.family.has_text_mask):
+        raise RuntimeError(
+            f"VSF: cannot tell which attention this is ({host.queries} queries, {host.keys} keys, "
+            f"{'a' if host.mask is not None else 'no'} mask). Change the negative by a word, and please report which "
+            "model this was."
+        )
+    q, k, v = host.split()
+    start = 0 if is_other else text.start - text.leading
+    n = slice(start, start + forward.tokens)
+    positive, negative = (_without(n, k), _without(n, v)), (k[:, :, n], v[:, :, n])
+    mask = None if host.mask is None else _without(n, host.mask, dim=-1)
+    if is_other:  # that of sound
+        return host.join(host.black_box(q, *positive, mask))
+    block: BlockContext | None = host.options.get(BLOCK_KEY)
+    if block is None:
+        block = forward.block_outside(host.options)
+    backend = _backend(forward, host)
+    if not block.enter(forward.run.paths, way_of(forward.method, backend, mask, cross=True)):
+        return host.join(host.black_box(q, *positive, mask))
+    terms, mass = forward.terms(block, host.queries), block.attention_mass(host.queries)
+    return host.join(attend_cross(forward.method, backend, q, *positive, *negative, terms, mask, mass))
+
+
+def _without(span: slice, x: Tensor, dim: int = 2) -> Tensor:
+    """``x`` without a ``span`` along ``dim``: a view where that is at its beginning."""
+    rest = x.narrow(dim, span.stop, x.shape[dim] - span.stop)
+    return rest if span.start == 0 else torch.cat([x.narrow(dim, 0, span.start), rest], dim)
+
+
+def _unmarked_override(previous: Callable | None, func: Callable, *args: Any, **kwargs: Any) -> Tensor:
+    """ComfyUI's attention call in a joint model without block patches: inside its blocks the sequence is [N, P, I];
+    before them, where text attends to text, N and P are kept apart."""
+    host = HostAttention(previous, func, *args, **kwargs)
+    forward: ForwardContext = host.options[FORWARD_KEY]
+    text = forward.text.given
+    if "block_index" not in host.options:
+        return _kept_apart(host, forward) if host.keys == text else host.unchanged()
+    layout = TokenLayout(host.keys - text, text - forward.tokens, forward.tokens)
+    return _joint(host, layout, forward.block_outside(host.options))
+
+
+def _kept_apart(host: HostAttention, forward: ForwardContext) -> Tensor:
+    """Attention of the text [N, P] to itself, as of two texts."""
+    (q, k, v), n, padding = host.split(), forward.tokens, forward.padding
+    # where all of N is padding it sees itself: nothing sees it
+    hidden = None if padding is None else padding_mask(unless_all(padding), q.dtype)[:, None, None]
+    own = forward.backend.masked(host)(q[:, :, :n], k[:, :, :n], v[:, :, :n], hidden)
+    rest = host.black_box(q[:, :, n:], k[:, :, n:], v[:, :, n:], host.mask)
+    return host.join(torch.cat([own, rest], dim=2))
+
+
+def _joint_override(
+    layout: TokenLayout, previous: Callable | None, func: Callable, *args: Any, **kwargs: Any
+) -> Tensor:
+    """ComfyUI's attention call inside a joint block: VSF where its sequence is the joint one."""
+    host = HostAttention(previous, func, *args, **kwargs)
+    forward: ForwardContext = host.options[FORWARD_KEY]
+    if host.queries != layout.length or host.keys != layout.length + forward.cached_keys:
+        return host.unchanged()
+    return _joint(host, layout, host.options[BLOCK_KEY])
+
+
+def _joint(host: HostAttention, layout: TokenLayout, block: BlockContext) -> Tensor:
+    """VSF's attention over a joint sequence."""
+    forward: ForwardContext = host.options[FORWARD_KEY]
+    q, k, v = host.split()
+    mask = _total_mask(host.mask, layout, block.kind, forward, q.dtype)
+    backend = _backend(forward, host)
+    ordinary = forward.released is not None and block.kind not in forward.released.kinds
+    entered = block.enter(forward.run.paths, "ordinary text" if ordinary else way_of(forward.method, backend, mask))
+    mass = block.attention_mass(layout.image)
+    if ordinary:
+        return host.join(backend.black_box(q, k, v, mask))
+    terms = forward.terms(block, layout.image, seen=entered)
+    return host.join(attend_joint(forward.method, backend, q, k, v, layout, terms, mask, mass))
+
+
+def _backend(forward: ForwardContext, host: HostAttention) -> AttentionBackend:
+    """What this call may be made of."""
+    chosen = forward.backend
+    name = host.name if chosen.ignores_mask is None else "PyTorch"
+    return AttentionBackend(chosen.masked(host), chosen.attention(host), host.scale, name)
+
+
+def _total_mask(
+    mask: Tensor | None, layout: TokenLayout, kind: str, forward: ForwardContext, dtype: torch.dtype
+) -> Tensor | None:
+    """What besides VSF's own rules keeps queries from keys: additive [B or 1, 1, 1 or L, L] or None.
+
+    That is the caller's mask, and the padding of N where the released layout shows it as ordinary text: N itself, or
+    the copy of it at the end of the text that was given.
+    """
+    if mask is not None:
+        mask = mask.reshape(-1, 1, *mask.shape[-2:]).to(dtype)
+    padding, released = forward.padding_as_text, forward.released
+    if padding is None or released is None or (kind in released.kinds and not released.copy):
+        return mask
+    ordinary = kind not in released.kinds
+    if not ordinary and not forward.text.in_one_piece:
+        raise RuntimeError(
+            "VSF: a patch of another node has put tokens inside the text, of which layout released shows a part twice. "
+            "Set layout to paper on VSF Model Patch, or remove that node."
+        )
+    start = layout.before if ordinary else layout.before + forward.text.given - forward.tokens
+    hidden = torch.zeros(padding.shape[0], 1, 1, layout.length, device=padding.device, dtype=dtype)
+    hidden[:, 0, 0, start : start + forward.tokens] = padding_mask(padding, dtype)
+    return hidden if mask is None else mask + hidden

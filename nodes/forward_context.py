@@ -1,0 +1,250 @@
+"""What the attention needs to know of one forward pass, and of one block in it."""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..vsf_core import LAYERS, Method, NegativeTerms, layer_of
+from .blocks import Block
+from .families import Family, Released
+from .host_attention import Backend
+from .host_check import changed_host
+from .negative_batch import NegativeBatch
+from .text_stream import TextStream
+
+FORWARD_KEY = "vsf_forward"
+BLOCK_KEY = "vsf_block"
+
+
+class RunFacts(Protocol):
+    """What a pass needs to know of its run."""
+
+    blocks: tuple[Block, ...]
+    selected: frozenset[Block]
+    paths: set[str]
+
+
+@dataclass(eq=False)
+class ForwardContext:
+    """What the attention needs to know during one forward pass; travels in ``transformer_options``.
+
+    Under torch.compile the guards on those are dropped (TorchCompileModel), so whatever may change between runs and is
+    not in ``signature`` is a tensor here, read from the options of the call at hand and never from a closure.
+    """
+
+    family: Family
+    run: RunFacts
+    tokens: int
+    """Length of N."""
+    text: TextStream
+    alpha: Tensor
+    beta: Tensor
+    """[B, I or 1, n or 1]: masks and what references may see included."""
+    nowhere: Tensor
+    """Like ``beta``, but +inf: that of blocks which are not selected."""
+    padding: Tensor | None
+    released: Released | None
+    """Set where the layout is that of the authors' released pipeline."""
+    method: Method
+    padding_as_text: Tensor | None
+    """bool [B, N]: which tokens of N, where the released layout shows it as ordinary text, are padding."""
+    backend: Backend
+    width: int | None
+    """Channels of the picture's attention over text; None where nothing else attends to it."""
+    rows: Mapping[int, slice]
+    """The rows of ``beta`` for each number of image tokens that blocks attend from."""
+    taken: set[int]
+    """Of families whose calls are told apart by it: how many keys the attentions over anything but text have."""
+    reached: Tensor
+    """int [3, blocks]: how often each block ran, how often its attention over text did, and how often that was noted in
+    ``attention_mass``. On the CPU: read without waiting for a device."""
+    attention_mass: Tensor | None
+    """[layer groups, B, image tokens]: 1 - W, summed over blocks; None without VSF Record."""
+    calls: int = 0
+    """Attentions over text so far that no block patch enclosed."""
+    cached_keys: int = 0
+    """How many keys of references a patch has put behind those of the sequence, in the block at work."""
+    keys_before: tuple[Tensor, Tensor, Tensor] | None = None
+    """Its queries, keys and values as they went into the patches of others."""
+
+    def block(self, block: Block, seen: Tensor, note: tuple[Tensor, Tensor] | None = None) -> "BlockContext":
+        """What the attention inside a block gets to know of where it is; ``seen`` counts its calls."""
+        selected = block in self.run.selected
+        return BlockContext(block[0], selected, self.beta if selected else self.nowhere, seen, note)
+
+    def block_outside(self, options: Mapping[str, Any]) -> "BlockContext":
+        """The same for an attention over text that no block patch encloses. Beside those that are (VACE's blocks), it
+        does not count."""
+        block = self.family.block_of(options, self.calls)
+        if block not in self.run.blocks:
+            raise changed_host(f"an attention over text runs in {block[0]} block {block[1]}, which this model lacks")
+        self.calls += 1
+        if self.family.block_hook == "dit":
+            return self.block(block, torch.zeros_like(self.reached[1, 0]))
+        position = self.run.blocks.index(block)
+        return self.block(block, self.reached[1, position], self.note(position))
+
+    def terms(self, block: "BlockContext", image: int, seen: bool = True) -> NegativeTerms:
+        """How ``image`` tokens see the negative in a block, or that they don't."""
+        if not seen:
+            return NegativeTerms(self.alpha, None, self.padding)
+        beta = block.beta
+        if beta.shape[1] > 1:
+            if image not in self.rows:
+                known = ", ".join(map(str, self.rows))
+                raise RuntimeError(
+                    f"VSF: a block of this model attends from {image} image tokens, where masks of negatives know "
+                    f"{known}: another node changes the size of the picture inside the model, or leaves out or adds "
+                    "some of its tokens. Remove that node, or the mask."
+                )
+            beta = beta[:, self.rows[image]]
+        return NegativeTerms(self.alpha, beta, self.padding)
+
+    def note(self, position: int) -> tuple[Tensor, Tensor] | None:
+        """Where the block at ``position`` adds its attention mass, and counts that it did."""
+        if self.attention_mass is None:
+            return None
+        return self.attention_mass[layer_of(position, len(self.run.blocks))], self.reached[2, position]
+
+    def acts_in(self, block: Block) -> bool:
+        """Whether the image sees N1 in this block."""
+        return block in self.run.selected and (self.released is None or block[0] in self.released.kinds)
+
+    def real_tokens(self) -> Tensor:
+        """int [B or 1]: how many of N's tokens are no padding."""
+        if self.padding is None:
+            return torch.full((1,), self.tokens, device=self.beta.device)
+        return (~self.padding).sum(dim=1)
+
+    def signature(self) -> str:
+        """All that a graph compiled for this pass takes for granted and torch.compile does not guard: no values."""
+        shapes = (self.tokens, *self.alpha.shape, *self.beta.shape)
+        nones = (self.padding, self.padding_as_text, self.released, self.attention_mass)
+        blocks = "".join(str(int(block in self.run.selected)) for block in self.run.blocks)
+        b = self.backend
+        attention = (b.library, b.attend and b.attend.__name__, b.ignores_mask is None)
+        kinds = (int(value is None) for value in nones)
+        return "_".join(map(str, (*shapes, *kinds, *attention, blocks, type(self.method).__name__)))
+
+
+@dataclass(frozen=True, eq=False)
+class BlockContext:
+    """One block of a forward pass. beta: the pass's, or +inf where the block is not selected; seen: counts its calls.
+
+    Blocks that torch.compile takes one by one share a graph: there, only the tensors differ from block to block.
+    """
+
+    kind: str
+    selected: bool
+    beta: Tensor
+    seen: Tensor
+    note: tuple[Tensor, Tensor] | None = None
+    """``ForwardContext.note`` of this block."""
+
+    def attention_mass(self, tokens: int) -> Tensor | None:
+        """Where this block's 1 - W goes, [B, image tokens], counting that it does; None without VSF Record."""
+        if self.note is None:
+            return None
+        mass, count = self.note
+        if tokens != mass.shape[1]:
+            raise RuntimeError(
+                f"VSF: VSF Record expects {mass.shape[1]} image tokens (the picture's and its references'), "
+                f"but this model attends from {tokens}: another node adds or drops some. Remove that node or VSF Record."
+            )
+        count.add_(1)
+        return mass
+
+    def enter(self, paths: set[str], path: str) -> bool:
+        """Note that the attention over text is running, and how; whether N must be attended to."""
+        self.seen.add_(1)
+        if torch.compiler.is_compiling():
+            return True
+        paths.add(path if self.selected else "not selected")
+        return self.selected
+
+
+def make_forward_context(
+    family: Family,
+    run: RunFacts,
+    batch: NegativeBatch,
+    latent: Tensor,
+    conds: Mapping[str, Any],
+    diffusion_model: Any,
+    *,
+    text: TextStream,
+    backend: Backend,
+    released: Released | None,
+    method: Method,
+    affect_references: bool,
+    recorded: bool,
+) -> ForwardContext:
+    """The context of a pass on ``latent`` with ``conds``, to which ``batch`` was added."""
+    before, after = family.reference_tokens(conds, diffusion_model)
+    filling = family.image_padding(latent, diffusion_model)
+    kept = family.kept_tokens(latent, conds)
+    own = family.grid(latent) if kept is None else int(kept.sum())
+    is_padding = torch.isinf(batch.beta.float()[:, 0])
+    beta = _image_beta(family, batch, latent, kept, (before, after, filling), affect_references)
+    all_selected = len(run.selected) == len(run.blocks)
+    shape = len(LAYERS), latent.shape[0], before + own + after + filling
+    own_lengths = family.cross_attention or family.block_hook is None
+    return ForwardContext(
+        family=family,
+        run=run,
+        tokens=batch.length,
+        text=text,
+        alpha=batch.alpha.float(),
+        beta=beta,
+        nowhere=beta if all_selected else torch.full_like(beta, torch.inf),
+        padding=is_padding if is_padding.shape[1] > 1 else None,
+        released=released,
+        method=method.on(latent.device),
+        padding_as_text=is_padding.expand(-1, batch.length) if released is not None and batch.has_padding else None,
+        backend=backend,
+        width=family.attention_width(diffusion_model),
+        rows=_rows(family.grids(latent), before + own, after, filling),
+        taken=family.other_sequence_lengths(latent, conds, diffusion_model) if own_lengths else set(),
+        reached=torch.zeros(3, len(run.blocks), dtype=torch.int32),
+        attention_mass=torch.zeros(shape, device=latent.device) if recorded else None,
+    )
+
+
+def _image_beta(
+    family: Family,
+    batch: NegativeBatch,
+    latent: Tensor,
+    kept: Tensor | None,
+    others: tuple[int, int, int],
+    affect_references: bool,
+) -> Tensor:
+    """Beta per token [B, 1, n or 1], plus masks and what reference images may see: [B, I or 1, n or 1].
+
+    kept: which of the latent's tokens there are; others: tokens of references before and after those, and of padding.
+    """
+    beta, mask = batch.beta.float(), batch.mask
+    shown = (affect_references, affect_references, False)
+    if mask is None and all(see for count, see in zip(others, shown, strict=True) if count):
+        return beta
+    if mask is None:
+        mask = torch.ones(1, 1, *latent.shape[2:], device=latent.device)
+    inside = family.image_tokens(mask.float())
+    inside = inside if kept is None else inside[:, kept]
+    size = inside.shape[0], inside.shape[2]
+    before, after, padding = (
+        inside.new_full((size[0], count, size[1]), float(see)) for count, see in zip(others, shown, strict=True)
+    )
+    # -log m: a soft mask scales the negative's attention weight by m; outside (m = 0) it is +inf, exactly
+    return beta - torch.log(torch.cat([before, inside, after, padding], dim=1))
+
+
+def _rows(grids: list[int], own: int, after: int, filling: int) -> dict[int, slice]:
+    """Where in a mask's rows are those of a call from so many image tokens: each of several grids has its own (of equal
+    ones, of one pixel, either serves); of a single one, references behind the picture may have been taken out."""
+    if len(grids) == 1:
+        return {own: slice(0, own), own + after + filling: slice(None)}
+    ends = list(itertools.accumulate(grids))
+    return {n: slice(end - n, end) for n, end in zip(grids, ends, strict=True)}

@@ -1,0 +1,71 @@
+"""The values of VSF Model Patch's input ``method``: which inputs each reads, and what these are to the attention."""
+
+from collections.abc import Mapping, Sequence
+
+from ..vsf_core import NAG, NASA, VSF, Method
+from .checks import finite_number
+from .negative import negatives_of, same_mask
+
+
+class MethodChoice:
+    """Value sign flip: ``scale`` is alpha, ``offset`` beta."""
+
+    name = "vsf"
+    scale_input = "scale"
+    has_offset = True
+    takes_layouts = True
+    """Whether layout ``released`` means anything to it."""
+
+    def core(self, inputs: Mapping[str, float]) -> Method:
+        """The arithmetic. Raises ``ValueError`` for an input that is no number."""
+        return VSF()
+
+    def alpha(self, scale: float) -> float:
+        """What a value of ``scale_input`` is to the arithmetic."""
+        return scale
+
+    def check(self, entries: Sequence[dict]) -> None:
+        """Raises ``ValueError`` for a conds entry whose negatives the method cannot take together."""
+
+
+class _Guided(MethodChoice):
+    """A method to which several negatives are one."""
+
+    has_offset = False
+    takes_layouts = False
+
+    def check(self, entries: Sequence[dict]) -> None:
+        for negatives in map(negatives_of, entries):
+            first = negatives[:1]
+            if not all(
+                (n.strength, n.frames) == (one.strength, one.frames) and same_mask(n.mask, one.mask)
+                for one in first
+                for n in negatives
+            ):
+                raise ValueError(
+                    f"VSF: method {self.name} takes several negatives as one, but {len(negatives)} here differ in "
+                    "strength, mask or frames. Make these the same, or set method to vsf on VSF Model Patch."
+                )
+
+
+class _NAG(_Guided):
+    name = "nag"
+    scale_input = "nag_scale"
+
+    def core(self, inputs: Mapping[str, float]) -> Method:
+        return NAG(*(finite_number(name, inputs[name]) for name in ("nag_alpha", "nag_tau")))
+
+    def alpha(self, scale: float) -> float:
+        """phi, where people set 1 + phi."""
+        return scale - 1
+
+
+class _NASA(_Guided):
+    name = "nasa"
+    scale_input = "nasa_scale"
+
+    def core(self, inputs: Mapping[str, float]) -> Method:
+        return NASA()
+
+
+METHODS: dict[str, MethodChoice] = {choice.name: choice for choice in (MethodChoice(), _NAG(), _NASA())}

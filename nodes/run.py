@@ -1,0 +1,381 @@
+"""One sampling run of a patched model: from before its first step to its end, never longer."""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.conds
+import torch
+from torch import Tensor
+
+from ..vsf_core import LAYERS, Method, layer_of
+from .blocks import Block, all_blocks, parse_blocks
+from .compiled import unwrapped
+from .families import Family, Released
+from .forward_context import ForwardContext
+from .host_attention import OVERRIDE, Backend, choose_backend
+from .host_check import changed_host
+from .latent_map import LatentMap, View, first_latent
+from .methods import MethodChoice
+from .negative import KEY, Negative, count_tokens, negatives_of
+from .negative_batch import PREFIX, NegativeBatch
+from .run_check import check_negatives
+from .text_stream import Known
+from .tiles import check_tiles
+
+log = logging.getLogger(__name__)
+
+SCALES_KEY = "vsf_scales"
+"""In ``transformer_options``, while VSF Scale Sweep is in the graph: a scale for each picture of the batch."""
+MOST_KEPT = 16
+"""Of how many predictions the negatives are kept ready, on the device: context windows come again every step."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``VSFModelPatch`` was set to. scale: that of ``method``; offset: beta; start, end: the window in percent
+    (0..1); arithmetic: what ``method`` makes of its inputs."""
+
+    scale: float
+    offset: float
+    start: float
+    end: float
+    blocks: str
+    layout: str
+    affect_references: bool
+    method: MethodChoice = field(default_factory=MethodChoice)
+    arithmetic: Method = field(default_factory=Method)
+
+    def released_by(self, family: Family) -> Released | None:
+        """How the authors' pipeline differs, if that is what was asked for."""
+        return family.released if self.layout == "released" else None
+
+    def mixes_pooled(self, family: Family) -> bool:
+        released = self.released_by(family)
+        return released is not None and released.pooled is not None
+
+
+@dataclass(eq=False)
+class Run:
+    """Who gets the negative in each step of a run, what their attention runs on, and whether it acted."""
+
+    settings: Settings
+    family: Family
+    blocks: tuple[Block, ...]
+    selected: frozenset[Block]
+    scales: tuple[float, ...]
+    latent_map: LatentMap
+    dtype: torch.dtype
+    tokens: int
+    """Of the longest of the negatives."""
+    known: Known = field(default_factory=dict)
+    paths: set[str] = field(default_factory=set)
+    ready: OrderedDict[tuple, tuple[list, list[NegativeBatch]]] = field(default_factory=OrderedDict)
+    embeddings: dict[tuple, tuple[Negative, Negative]] = field(default_factory=dict)
+    backends: dict[tuple[Callable | None, torch.device], Backend] = field(default_factory=dict)
+    steps: int = 0
+    """How often ComfyUI asked for a prediction."""
+    expected: bool = False
+    """Whether some entry of the prediction at work has a negative."""
+    applied: bool = False
+    """Whether a negative ever reached the model."""
+    missed: RuntimeError | None = None
+    """Why a negative did not reach the blocks, in a step that a cache may have skipped."""
+    reported: bool = False
+
+    # -- before the first step ----------------------------------------------------------------------------------------
+
+    @classmethod
+    def begin(
+        cls,
+        settings: Settings,
+        family: Family,
+        patcher: Any,
+        entries: list[tuple[str, dict]],
+        latent: Tensor,
+        options: Mapping[str, Any],
+    ) -> "Run | None":
+        """The run that is about to sample ``latent`` with the conds ``entries``, (branch, entry) each, which from then on
+        know whose negatives are whose; None where there are none. Raises ``ValueError`` for what cannot work.
+
+        patcher: the model, which has not put its object patches in place yet; options: its ``transformer_options``."""
+        if not _are_used(entries):
+            return None
+        diffusion_model = unwrapped(patcher.model.diffusion_model)
+        others = [family.other_frames(entry, latent) for _, entry in entries]
+        latent_map = LatentMap(latent.shape, *map(max, zip(*others, strict=True)))
+        dtype = patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
+        own = [entry for _, entry in entries]
+        check_negatives(family, settings.mixes_pooled(family), own, diffusion_model, latent_map, dtype)
+        settings.method.check(own)
+        check_tiles(own, latent_map)
+        counts = family.block_counts(diffusion_model)
+        run = cls(
+            settings,
+            family,
+            blocks=tuple(sorted(all_blocks(counts))),
+            selected=parse_blocks(settings.blocks, counts),
+            scales=_scales(options, settings.scale, latent_map.batch),
+            latent_map=latent_map,
+            dtype=dtype,
+            tokens=max(count_tokens(negatives_of(entry)) for entry in own),
+        )
+        for entry in own:
+            entry["model_conds"] = {**entry["model_conds"], KEY: _Carried(negatives_of(entry))}
+        return run
+
+    # -- a step -------------------------------------------------------------------------------------------------------
+
+    def with_negatives(self, conds: list, model: Any, x: Tensor, timestep: Tensor, model_options: dict) -> list:
+        """The conds of a prediction of ``x``, those that run with what the model gets of the negatives in its
+        ``model_conds``; none inside the window, or none at all, and ComfyUI's own code runs."""
+        self.steps += 1
+        added = self._added(conds, model, x, timestep, model_options) if self._in_window(model, timestep) else {}
+        self.expected = bool(added)
+        return [branch and [_with_model_conds(entry, added) for entry in branch] for branch in conds]
+
+    def check_applied(self) -> None:
+        """After a prediction: the negative must have reached the model."""
+        if self.expected and not self.applied:
+            self.miss(changed_host("this run called the model past the wrappers of APPLY_MODEL"))
+
+    def miss(self, error: RuntimeError) -> None:
+        """A negative got nowhere: an error at once in a run's first step; later a cache (TeaCache) may have skipped the
+        step, so only if the whole run ends like this."""
+        if self.steps == 1:
+            raise error
+        self.missed = error
+
+    def _in_window(self, model: Any, timestep: Tensor) -> bool:
+        """The bounds are computed here since a later ModelSampling node may change them; 0 and 1 are no bounds."""
+        start, end, sampling = self.settings.start, self.settings.end, model.model_sampling
+        if start <= 0 and end >= 1:
+            return True
+        sigma = float(timestep[0])
+        return not (
+            (start > 0 and sigma > sampling.percent_to_sigma(start))
+            or (end < 1 and sigma < sampling.percent_to_sigma(end))
+        )
+
+    def _added(
+        self, conds: list, model: Any, x: Tensor, timestep: Tensor, model_options: dict
+    ) -> dict[int, dict[str, Any]]:
+        """What each entry (by id) that runs in this step gains in ``model_conds``; nothing if none has a negative."""
+        entries = [entry for branch in conds if branch for entry in branch if _is_active(entry, timestep)]
+        groups: list[tuple[Negative, ...]] = [entry["model_conds"].get(KEY, ()) for entry in entries]
+        if not any(groups):
+            return {}
+        shapes = entries[0]["model_conds"].get("latent_shapes")
+        x = first_latent(x, shapes and shapes.cond)
+        view = self.latent_map.view(x, model_options)
+        key = tuple(map(id, groups)), view, x.device
+        if key not in self.ready:  # groups are kept with the result, so that their ids stay theirs
+            self.ready[key] = groups, self._batches(groups, model, x, view)
+        self.ready.move_to_end(key)
+        while len(self.ready) > MOST_KEPT:
+            self.ready.popitem(last=False)
+        batches = self.ready[key][1]
+        return {
+            id(entry): {**batch.to_conds(), **_length_of(entry)}
+            for entry, batch in zip(entries, batches, strict=True)
+        }
+
+    def _batches(self, groups: list, model: Any, x: Tensor, view: View) -> list[NegativeBatch]:
+        embedded = [tuple(self._embedded(n, model, x.device) for n in group) for group in groups]
+        self.tokens = max(map(count_tokens, embedded))
+        return NegativeBatch.collate(
+            embedded,
+            [self.settings.method.alpha(scale) for scale in self.scales],
+            self.settings.offset,
+            self.latent_map,
+            view,
+            x,
+            pooled=self.settings.mixes_pooled(self.family),
+            affect_references=self.settings.affect_references,
+        )
+
+    def _embedded(self, negative: Negative, model: Any, device: torch.device) -> Negative:
+        """``negative`` as the model's own text, made once a run and device."""
+        key = id(negative), device
+        if key not in self.embeddings:
+            self.embeddings[key] = negative, self.family.embedded(negative, model, device)
+        return self.embeddings[key][1]
+
+    # -- a forward pass -----------------------------------------------------------------------------------------------
+
+    def backend(self, options: Mapping[str, Any], device: torch.device, model: Any) -> Backend:
+        """Chosen once a run for each override that it meets, on each device."""
+        key = options.get(OVERRIDE), device
+        if key not in self.backends:
+            head_dim = self.family.head_dim(unwrapped(model.diffusion_model))
+            chosen = choose_backend(options, device, model.get_dtype_inference(), head_dim)
+            warned = any(backend.ignores_mask is not None for backend in self.backends.values())
+            self.backends[key] = chosen
+            if chosen.ignores_mask is not None and not warned:  # some nodes make an override for every call
+                log.warning(
+                    f"VSF: the attention in use ({chosen.ignores_mask}) ignores masks and returns no log-sum-exp, so "
+                    "VSF would not be exact on it. Where the image attends to text, PyTorch's runs instead."
+                )
+        return self.backends[key]
+
+    def verify(self, forward: ForwardContext, compiled: bool) -> None:
+        """After a forward pass: fail if the negative reached nothing, and say once a run what is going on.
+
+        A compiled model that runs no block used a graph from a run without VSF.
+        """
+        ran, reached, _ = forward.reached
+        if self.family.block_hook is None:  # nothing tells of a block but its attention: all ran, or none
+            ran = torch.ones_like(ran) * reached.any()
+        if not ran.any():
+            error = RuntimeError(
+                "VSF: no block of this model ran through ComfyUI's block patches, so the negative had no effect. "
+                "Another node probably replaces the model's forward pass, or torch.compile reused a graph compiled "
+                "without VSF; remove that node, or put it on a model without VSF."
+            )
+            if compiled:
+                raise error
+            return self.miss(error)
+        if missed := [block for block, a, b in zip(self.blocks, ran, reached, strict=True) if a > b]:
+            raise RuntimeError(
+                f"VSF: {missed[0][0]} block {missed[0][1]} ran without the attention call over text that VSF expects "
+                "there, so the negative had no effect. This ComfyUI, or another node, computes this block's attention "
+                "in a way that this version of ComfyUI-VSF does not know; or torch.compile took a graph of this block "
+                "alone that it made without VSF: compile the whole model instead. Otherwise please report it."
+            )
+        if not self.reported:
+            self._report(forward, int(reached.count_nonzero()))
+
+    def _report(self, forward: ForwardContext, reached: int) -> None:
+        """Once a run: what is going on."""
+        if forward.text.moved.any():
+            raise RuntimeError(
+                "VSF: a patch of another node moves the tokens of the text, and torch.compile hides where to. Remove "
+                "that node, or the one that compiles the model."
+            )
+        self.reported, s = True, self.settings
+        log.info(
+            f"VSF: {self.family.title}: {self.tokens} negative tokens, scale "
+            f"{', '.join(f'{scale:g}' for scale in self.scales)}, offset {s.offset:g}, "
+            f"layout {s.layout}, {len(self.selected)} of {len(self.blocks)} blocks, "
+            f"reached {reached}, method {s.method.name}{_numbers(s.arithmetic)}, attention: "
+            f"{', '.join(sorted(self.paths)) or 'compiled'}"
+        )
+
+    def own_mass(self, forward: ForwardContext, latent: Tensor, before: int, conds: Mapping[str, Any]) -> Tensor:
+        """[layer groups, B, the latent's tokens]: the attention mass of a pass without that of reference images; 0 on
+        tokens that the model left out."""
+        assert forward.attention_mass is not None
+        total, kept = self.family.grid(latent), self.family.kept_tokens(latent, conds)
+        if kept is None:
+            return forward.attention_mass[:, :, before : before + total]
+        whole = forward.attention_mass.new_zeros(*forward.attention_mass.shape[:2], total)
+        whole[:, :, kept] = forward.attention_mass[:, :, before : before + int(kept.sum())]
+        return whole
+
+    def blocks_noted(self, forward: ForwardContext) -> Tensor:
+        """[layer groups]: over how many blocks ``own_mass`` is a sum."""
+        counts = torch.zeros(len(LAYERS))
+        for position, block in enumerate(self.blocks):
+            reached, noted = forward.reached[1:, position].tolist()
+            if forward.acts_in(block):
+                counts[layer_of(position, len(self.blocks))] += noted
+                if noted < reached:
+                    raise RuntimeError(
+                        f"VSF: VSF Record saw nothing of {block[0]} block {block[1]}: torch.compile took a graph of "
+                        "this block alone that it made without VSF Record. Compile the whole model instead, or remove "
+                        "VSF Record."
+                    )
+        return counts
+
+    # -- after the last step ------------------------------------------------------------------------------------------
+
+    def finish(self, result: Tensor, sigmas: Tensor) -> None:
+        """Fail if the negative never reached the model, or made the ``result`` NaN; warn if its window had no step."""
+        if self.steps == 0 and len(sigmas) > 1:
+            raise _unwrapped_step()
+        s = self.settings
+        if not self.reported:
+            if self.missed is not None:
+                raise self.missed
+            log.warning(
+                f"VSF: no step of this run fell inside start_percent {s.start:g} to end_percent {s.end:g} with a "
+                "negative active: the picture is stock ComfyUI's."
+            )
+        elif not torch.isfinite(result).all():
+            name, used = s.method.scale_input, ", ".join(f"{scale:g}" for scale in self.scales)
+            raise RuntimeError(
+                f"VSF: the sampled latent has values that are NaN or infinite, at {name} {used} in {self.dtype}. If it "
+                "is so without VSF Model Patch too, the model or its settings are the reason; otherwise lower "
+                f"{name} and strength, or load the model in bf16 or fp32."
+            )
+
+
+class _Carried(tuple[Negative, ...]):
+    """Negatives on their way through ``model_conds``, of which ``with_negatives`` takes them out again."""
+
+    def process_cond(self, **_: Any) -> None:
+        """What ComfyUI asks of whatever it finds there."""
+        raise _unwrapped_step()
+
+
+def _unwrapped_step() -> RuntimeError:
+    return changed_host("this run took its steps past the wrappers of CALC_COND_BATCH")
+
+
+def _are_used(entries: list[tuple[str, dict]]) -> bool:
+    """Whether any of the conds' (branch, entry) has a negative; a warning where that is none, or has no effect."""
+    branches = [branch for branch, entry in entries if count_tokens(negatives_of(entry))]
+    if not branches:
+        log.warning(
+            "VSF: this model is patched, but no conditioning carries a negative: the picture is stock ComfyUI's. "
+            "Put VSF Negative Conditioning (with some text) between the prompt and the sampler's positive input."
+        )
+    elif set(branches) == {"negative"}:
+        log.warning(
+            "VSF: the negative is attached to the sampler's negative input only. At cfg 1 that input is not used "
+            "at all. Attach VSF Negative Conditioning to the positive."
+        )
+    return bool(branches)
+
+
+def _scales(options: Mapping[str, Any], scale: float, batch: int) -> tuple[float, ...]:
+    """One scale for all of a ``batch`` of pictures, or VSF Scale Sweep's, one for each."""
+    scales = options.get(SCALES_KEY, (scale,))
+    if SCALES_KEY in options and len(scales) != batch:
+        raise ValueError(
+            f"VSF: VSF Scale Sweep has {len(scales)} scales, but {batch} pictures are sampled. Connect "
+            "its latent output to the sampler."
+        )
+    return scales
+
+
+def _numbers(method: Method) -> str:
+    """A method's own numbers, for the log."""
+    numbers = [f"{name} {value:g}" for name, value in vars(method).items()]
+    return f" ({', '.join(numbers)})" if numbers else ""
+
+
+def _length_of(entry: dict) -> dict:
+    """The length of an entry's own text as a constant: ComfyUI repeats shorter texts of UNets to let them share a batch
+    with longer ones, which changes nothing in their attention alone, but counts P's keys several times beside N's."""
+    text = entry["model_conds"].get("c_crossattn")
+    return {} if text is None else {PREFIX + "length": comfy.conds.CONDConstant(text.cond.shape[1])}
+
+
+def _with_model_conds(entry: dict, added: Mapping[int, dict]) -> dict:
+    """A copy of a conds entry with its additions and without our key, which the model must not see."""
+    model_conds = {key: value for key, value in entry["model_conds"].items() if key != KEY}
+    return {**entry, "model_conds": {**model_conds, **added.get(id(entry), {})}}
+
+
+def _is_active(entry: dict, timestep: Tensor) -> bool:
+    """Whether ComfyUI will use this entry at this timestep (ConditioningSetTimestepRange)."""
+    if "timestep_start" not in entry and "timestep_end" not in entry:
+        return True
+    sigma = timestep[0]
+    return not (
+        ("timestep_start" in entry and sigma > entry["timestep_start"])
+        or ("timestep_end" in entry and sigma < entry["timestep_end"])
+    )

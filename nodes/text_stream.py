@@ -1,0 +1,142 @@
+"""Where N stands in the text on its way through a model.
+
+VSF puts N in front of P, and a model's own code keeps the order of its text. Patches of other nodes need not: they may
+put tokens in front, between or behind. So N is looked for wherever a patch has had the text in its hands: what went in
+is kept, and what comes out is searched for N's rows. What was found where so many tokens go in and out holds for the
+rest of the run, so that later passes compare nothing and never wait for a device.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Known = dict[tuple, tuple[int, bool]]
+"""Of a run: (stage, N's first token going in, tokens going in, tokens coming out) -> N's first token coming out, and
+whether P still follows N as it did."""
+
+ALIKE = 0.9
+"""Mean cosine from which on rows whose values a patch has changed are still taken for N's."""
+
+
+class TextStream:
+    """One forward pass. ``start``: N's first token in the text as it is now; ``count``: how many tokens that has, N
+    included; ``leading``: how many the model itself has put in front, ``given`` how many the model was given."""
+
+    def __init__(self, negative: int, count: int, known: Known, device: torch.device) -> None:
+        self.negative, self.given, self.known = negative, count, known
+        self.start, self.count, self.leading = 0, count, 0
+        self.in_one_piece = True
+        """Whether P still follows N, as it was given to the model."""
+        self.moved = torch.zeros(1, dtype=torch.bool, device=device)
+        """Set by a compiled graph, which cannot look for N, where N is not where it was."""
+        self._held: Tensor | None = None
+        self.strangers: Sequence[Callable] = ()
+        """Patches of others that get the text in or between blocks."""
+        self._entered: tuple[int, int] | None = None
+
+    def hold(self, text: Tensor, start: int | None = None) -> None:
+        """Keep ``text`` [B, tokens, C] as it goes into a patch; ``start``: where N is known to stand."""
+        self._held, self.count = text, text.shape[1]
+        if start is not None:
+            self.start = start
+
+    def follow(self, text: Tensor, stage: object, patches: Iterable[Callable | None]) -> int:
+        """N's first token in ``text`` [B, tokens, C] as it comes out of ``patches`` at ``stage``.
+
+        Raises ``RuntimeError`` that names the patches where N is gone, there twice, or cannot be told.
+        """
+        held, self._held = self._held, None
+        if held is None or text is held:
+            return self.start
+        key = stage, self.start, held.shape[1], text.shape[1]
+        if torch.compiler.is_compiling():
+            self._check_unmoved(held, text, patches)
+        else:
+            if key not in self.known:
+                self.known[key] = self.found(held, text, patches)
+            self.start, whole = self.known[key]
+            self.in_one_piece = self.in_one_piece and whole
+        self.count = text.shape[1]
+        return self.start
+
+    def enter_block(self, block: object, text: Tensor, tokens_before: Callable[[int, int], int]) -> int:
+        """N's first token in ``text`` as it goes into a block; ``tokens_before``: see ``Family``."""
+        if self._entered is None:
+            self.leading = tokens_before(text.shape[1], self.count)
+            self.start, self.count, self._held = self.start + self.leading, text.shape[1], None
+        elif self.strangers or not torch.compiler.is_compiling():
+            self.follow(text, ("before", block), self.strangers)
+        self._entered = self.start, text.shape[1]
+        return self.start
+
+    def leave_block(self, text: Tensor | None) -> None:
+        """Keep the ``text`` that comes out of a block; None: the next one gets what this one got."""
+        if text is not None:
+            self.hold(text)
+        elif self._entered is not None:
+            self.start, self.count = self._entered
+
+    def _check_unmoved(self, held: Tensor, text: Tensor, patches: Iterable[Callable | None]) -> None:
+        """In a compiled graph: no look at values, so that it stays in one piece."""
+        if self.count != text.shape[1]:
+            raise lost("changes how many tokens the text has, under torch.compile", patches)
+        span = slice(self.start, self.start + self.negative)
+        self.moved |= (held[:, span] != text[:, span]).any()
+
+    def found(self, held: Tensor, text: Tensor, patches: Iterable[Callable | None]) -> tuple[int, bool]:
+        """N's first token in ``text``, which ``patches`` made of ``held``, and whether P still follows it as it did."""
+        if held.shape[0] != text.shape[0] or held.shape[2] != text.shape[2]:
+            raise lost("gives parts of the picture texts of their own", patches)
+        n = slice(self.start, self.start + self.negative)
+        before, after = _occurrences(held[:, n], held), _occurrences(held[:, n], text)
+        if not after:
+            start = _most_alike(held, n, text)
+            if start is None:
+                raise lost("takes the negative out of the text, or makes something else of it", patches)
+            return start, held.shape == text.shape
+        if len(after) != len(before):
+            raise lost(f"leaves the negative {len(after)} times in the text, where it was {len(before)} times", patches)
+        start = after[before.index(self.start)]
+        given, made = held[:, self.start :][:, : self.given], text[:, start:][:, : self.given]
+        return start, torch.equal(given, made)
+
+
+def _occurrences(rows: Tensor, text: Tensor) -> list[int]:
+    """Where ``rows`` [B, n, C] stand in ``text`` [B, tokens, C], in every picture of the batch."""
+    n = rows.shape[1]
+    firsts = (text == rows[:, :1]).all(dim=-1).all(dim=0).nonzero().flatten().tolist()
+    return [i for i in firsts if i + n <= text.shape[1] and torch.equal(text[:, i : i + n], rows)]
+
+
+def _most_alike(held: Tensor, n: slice, text: Tensor) -> int | None:
+    """Where in ``text``, whose values a patch has changed, rows stand that are most like the rows ``n`` of ``held``;
+    None if that is not sure."""
+    if text.shape[1] < n.stop - n.start:
+        return None
+    before, after = (F.normalize((x - x.mean(dim=1, keepdim=True)).float(), dim=-1) for x in (held, text))
+    cosines = (before[:, n] @ after.mT).mean(dim=0)
+    scores = torch.stack([cosines.diagonal(i).mean() for i in range(cosines.shape[1] - cosines.shape[0] + 1)])
+    best = int(scores.argmax())
+    if held.shape == text.shape and best == n.start:  # nothing moved: enough that it is the most alike
+        return best
+    second = scores[torch.arange(len(scores), device=scores.device) != best].max() if len(scores) > 1 else -1.0
+    return best if scores[best] > ALIKE > second else None
+
+
+def lost(what: str, patches: Iterable[Callable | None]) -> RuntimeError:
+    """The error for ``patches`` that do ``what``."""
+    names = ", ".join(dict.fromkeys(_name(patch) for patch in patches if patch is not None)) or "another node"
+    return RuntimeError(
+        f"VSF: a patch of another node ({names}) {what}. So VSF cannot tell where the negative is, and would push away "
+        "something else. Remove that node, or VSF Model Patch."
+    )
+
+
+def _name(patch: Any) -> str:
+    """Whose patch this is, for people: module and name of the function or class."""
+    patch = getattr(patch, "func", patch)
+    kind = patch if hasattr(patch, "__qualname__") else type(patch)
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -1,0 +1,234 @@
+"""The places where VSF touches ComfyUI. Nothing is monkeypatched; all state lives in copies made for one call.
+
+1. ``Negative``s travel in the CONDITIONING (``negative.py``).
+2. ``CALC_COND_BATCH``: in a step inside the window, every entry's ``model_conds`` gains the negative's tokens.
+3. ``APPLY_MODEL``: they leave the conds, join the text stream, and wrap each block's entry in ``patches_replace``.
+4. ``optimized_attention_override``, installed inside a block only: the attention call that is joint becomes VSF
+   (``attention_override.py``).
+
+``OUTER_SAMPLE`` around it all refuses what cannot work before the first step, and reports. What is done in these places
+is the run's (``run.py``); here is what ComfyUI hands over, and how it gets it back.
+"""
+
+from typing import Any
+
+import comfy.patcher_extension
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .attention_override import patched_options
+from .compiled import distinguish_graphs, is_compiled, unwrapped
+from .families import Family
+from .forward_context import ForwardContext, make_forward_context
+from .host_check import changed_host
+from .latent_map import first_latent
+from .negative import negatives_of
+from .negative_batch import PREFIX, NegativeBatch
+from .run import Run, Settings
+from .text_modules import text_kept_apart
+from .text_stream import TextStream
+
+WRAPPER_KEY = "vsf"
+RUN_KEY = "vsf_run"
+RECORD_KEY = "vsf_record"
+"""In ``transformer_options``, while VSF Record is in the graph: the ``Recorder`` of this run."""
+COMPILED_MULTIPLE = 16
+"""Under torch.compile N is padded to a multiple of this, so that another negative seldom means another graph."""
+LAYOUTS = ("paper", "released")
+
+
+class VSFPatch:
+    """The wrappers that ``VSFModelPatch`` adds to a model."""
+
+    def __init__(self, settings: Settings, family: Family) -> None:
+        self.settings = settings
+        self.family = family
+
+    def install(self, patcher: Any) -> None:
+        """Add the wrappers to a cloned ``ModelPatcher``. Raises ``ValueError`` if it is patched already, or if this
+        family has no such layout."""
+        if self.settings.layout == "released" and self.family.released is None:
+            raise ValueError(
+                f"VSF: layout released does what the authors' own pipeline does, and they have none for "
+                f"{self.family.title}. Set layout to paper."
+            )
+        if self.settings.layout == "released" and not self.settings.method.takes_layouts:
+            raise ValueError(
+                f"VSF: layout released works only with method vsf, and method is {self.settings.method.name}. Set "
+                "layout to paper, or method to vsf."
+            )
+        kinds = comfy.patcher_extension.WrappersMP
+        if patcher.get_wrappers(kinds.CALC_COND_BATCH, WRAPPER_KEY):
+            raise ValueError(
+                "VSF: this model is patched by VSF Model Patch already. Remove one of the two nodes; to push several "
+                "things away, chain VSF Negative Conditioning nodes instead."
+            )
+        patcher.add_wrapper_with_key(kinds.OUTER_SAMPLE, WRAPPER_KEY, self.outer_sample)
+        patcher.add_wrapper_with_key(kinds.CALC_COND_BATCH, WRAPPER_KEY, self.calc_cond_batch)
+        patcher.add_wrapper_with_key(kinds.APPLY_MODEL, WRAPPER_KEY, self.apply_model)
+
+    def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """A whole run: (noise, latent_image, sampler, sigmas, ..., latent_shapes) -> the sampled latent."""
+        guider = executor.class_obj
+        try:
+            entries = [(branch, entry) for branch, entries in guider.conds.items() for entry in entries]
+            options = guider.model_options["transformer_options"]  # this run's own copy
+            noise = kwargs["noise"] if "noise" in kwargs else args[0]
+            sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
+        except (AttributeError, KeyError, IndexError) as error:
+            raise changed_host(f"the sampler hands its runs over without {error}") from error
+        latent = first_latent(noise, kwargs.get("latent_shapes"))
+        run = Run.begin(self.settings, self.family, guider.model_patcher, entries, latent, options)
+        if run is None:
+            return executor(*args, **kwargs)
+        options[RUN_KEY] = run
+        try:
+            result = executor(*args, **kwargs)
+        finally:
+            options.pop(RUN_KEY, None)
+        run.finish(result, sigmas)
+        return result
+
+    def calc_cond_batch(
+        self, executor: Any, model: Any, conds: list, x_in: Tensor, timestep: Tensor, model_options: dict
+    ) -> Any:
+        """A prediction: the conds of each branch for ``x_in`` at ``timestep`` -> one tensor a branch. In context windows
+        ComfyUI asks once for each."""
+        run: Run | None = model_options.get("transformer_options", {}).get(RUN_KEY)
+        if run is None:
+            if any(negatives_of(entry) for branch in conds if branch for entry in branch):
+                raise changed_host("this run began past the wrappers of OUTER_SAMPLE, or lost its transformer_options")
+            return executor(model, conds, x_in, timestep, model_options)
+        conds = run.with_negatives(conds, model, x_in, timestep, model_options)
+        result = executor(model, conds, x_in, timestep, model_options)
+        run.check_applied()
+        return result
+
+    def apply_model(
+        self,
+        executor: Any,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Tensor | None = None,
+        c_crossattn: Tensor | None = None,
+        control: Any = None,
+        transformer_options: dict = {},  # noqa: B006 (ComfyUI's own signature; never written to)
+        **kwargs: Any,
+    ) -> Tensor:
+        """A forward pass of the model on the entries that ComfyUI runs as one batch; ``kwargs``: their other conds."""
+        batch = NegativeBatch.taken_from(kwargs)
+        if batch is None:
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+        run: Run | None = transformer_options.get(RUN_KEY)
+        if run is None or c_crossattn is None:
+            lost = "the text (c_crossattn)" if c_crossattn is None else "this run's transformer_options"
+            raise changed_host(f"the model was called without {lost}")
+        run.applied = True
+        model, latent = executor.class_obj, first_latent(x, kwargs.get("latent_shapes"))
+        compiled = self._is_compiled(model, transformer_options)
+        context, forward = self._joined(run, batch, model, latent, c_crossattn, transformer_options, kwargs, compiled)
+        kwargs = self._grown(kwargs, batch, forward, c_crossattn)
+        options = patched_options(transformer_options, forward)
+        conds = kwargs
+        if compiled:
+            marked, kwargs = distinguish_graphs(PREFIX + forward.signature(), len(run.blocks), control, kwargs)
+            # cross-attention models all pass the name on
+            control = control if self.family.cross_attention else marked
+        diffusion_model = unwrapped(model.diffusion_model)
+        with text_kept_apart(forward, diffusion_model, compiled):
+            result = executor(x, t, c_concat, context, control, options, **kwargs)
+        run.verify(forward, compiled)
+        if forward.attention_mass is not None:
+            before = self.family.reference_tokens(conds, diffusion_model)[0]
+            mass = run.own_mass(forward, latent, before, conds)
+            record = transformer_options[RECORD_KEY]
+            record.add(mass, run.blocks_noted(forward), latent, batch.view, run.latent_map, transformer_options)
+        return result
+
+    def _is_compiled(self, model: Any, options: dict) -> bool:
+        compiled = is_compiled(model.diffusion_model, options)
+        if compiled and not self.family.compiles_whole:
+            raise RuntimeError(
+                f"VSF: torch.compile breaks {self.family.title} into pieces, and graphs of these made with and without "
+                "VSF cannot be told apart. Remove the node that compiles the model."
+            )
+        return compiled
+
+    def _joined(
+        self,
+        run: Run,
+        batch: NegativeBatch,
+        model: Any,
+        latent: Tensor,
+        positive: Tensor,
+        options: dict,
+        conds: dict,
+        compiled: bool,
+    ) -> tuple[Tensor, ForwardContext]:
+        """The text [N, P] that the model gets, and the context of its pass."""
+        family, diffusion_model = self.family, unwrapped(model.diffusion_model)
+        multiple = family.text_multiple(diffusion_model)
+        if compiled:
+            batch = batch.padded(-batch.length % COMPILED_MULTIPLE)
+        if family.cross_attention or family.block_hook is None:
+            taken = family.other_sequence_lengths(latent, conds, diffusion_model)
+            batch = batch.padded_to_unique_length(positive.shape[1], taken, multiple)
+        # ComfyUI's own next step is this cast; here it halves a copy
+        dtype, released = model.get_dtype_inference(), self.settings.released_by(family)
+        n = batch.tokens.to(positive.device, dtype)
+        # N0 goes before P: text has no order here, and what is left of the sequence is then one contiguous view
+        text = torch.cat([n, positive.to(dtype), *([n] if released is not None and released.copy else [])], dim=1)
+        recorded = RECORD_KEY in options
+        if recorded and not self.settings.arithmetic.records:
+            raise ValueError(
+                "VSF: VSF Record shows how much of the attention falls on the negative (1 - W), and method "
+                f"{self.settings.method.name} has no such part. Remove VSF Record, or set method to vsf on VSF Model "
+                "Patch."
+            )
+        forward = make_forward_context(
+            family,
+            run,
+            batch,
+            latent,
+            conds,
+            diffusion_model,
+            text=TextStream(batch.length, text.shape[1] + -text.shape[1] % multiple, run.known, latent.device),
+            backend=run.backend(options, latent.device, model),
+            released=released,
+            method=self.settings.arithmetic,
+            affect_references=self.settings.affect_references,
+            recorded=recorded,
+        )
+        return text, forward
+
+    def _grown(self, conds: dict, batch: NegativeBatch, forward: ForwardContext, positive: Tensor) -> dict:
+        """The conds besides the text, as they fit [N, P]: a mask over it, and the released pipeline's pooled text."""
+        conds = dict(conds)
+        if conds.get("attention_mask") is not None:
+            conds["attention_mask"] = _grown_mask(conds["attention_mask"], forward.tokens, positive.shape[1])
+        released = forward.released
+        # where the text has no pooled embedding, no negative came with it either
+        if released is not None and released.pooled is not None and batch.pooled is not None and "y" in conds:
+            conds["y"] = _mixed_pooled(conds["y"], batch.pooled[:, 0], released.pooled)
+        return conds
+
+
+def _grown_mask(mask: Tensor, negative: int, text: int) -> Tensor:
+    """The user's attention mask over [P, I], made one over [N, P, I]; N's part is left to VSF.
+
+    [..., 1 or L, L], or [B, P] over a ``text`` of P tokens alone: there, numbers of 0 and 1 are as good as bools.
+    """
+    over_text = mask.ndim == 2 and mask.shape[-1] == text
+    if over_text and not mask.is_floating_point():
+        return F.pad(mask, (negative, 0), value=1)
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
+    rows = negative if mask.shape[-2] > 1 and not over_text else 0
+    return F.pad(mask, (negative, 0, rows, 0))
+
+
+def _mixed_pooled(positive: Tensor, negative: Tensor, weight: float) -> Tensor:
+    """The released pipeline's pooled embedding, neg + w (pos - neg); the positive's where the negative's is NaN."""
+    negative = negative.to(positive)
+    return torch.where(torch.isnan(negative), positive, negative + weight * (positive - negative))

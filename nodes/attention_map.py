@@ -6,8 +6,9 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..vsf_core import LAYERS, AttentionRecord, heat_colors, laid_over
+from ..vsf_core import LAYERS, AttentionRecord
 from .checks import one_of
+from .drawing import heat_colors, laid_over
 from .graph_check import ancestors
 from .negative import latent_frames_of
 from .record import Holder, MapType

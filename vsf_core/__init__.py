@@ -17,7 +17,7 @@ from .attention import (
     merge_negative_,
     unless_all,
 )
-from .attention_map import LAYERS, AttentionRecord, heat_colors, laid_over, layer_of
+from .attention_map import LAYERS, AttentionRecord, layer_of
 from .backends import LSEAttention, lse_attention
 from .embeddings import content_length, extrapolate, null_embedding
 from .guidance import (
@@ -45,14 +45,12 @@ __all__ = [
     "cross_attention_masked",
     "cross_attention_reference",
     "extrapolate",
-    "heat_colors",
     "joint_attention",
     "joint_attention_guided",
     "joint_attention_guided_masked",
     "joint_attention_masked",
     "joint_attention_reference",
     "joint_mask",
-    "laid_over",
     "layer_of",
     "lse_attention",
     "merge_negative_",

@@ -10,7 +10,6 @@ from vsf_core import (
     TokenLayout,
     cross_attention,
     cross_attention_masked,
-    heat_colors,
     joint_attention,
     joint_attention_masked,
     joint_mask,
@@ -96,16 +95,3 @@ def test_record_means():
     assert record.mean("early").flatten().tolist() == [2.0, pytest.approx((1 + 3 + 10) / 3)]
     with pytest.raises(ValueError, match=r"shares of shape \(3, 1, 2\), got \(3, 2, 2\)"):
         record.add(1, torch.ones(3, 2, 2), torch.ones(3))
-
-
-def test_colours_rise_in_lightness():
-    values = torch.linspace(-0.5, 1.5, 401)
-    colours = heat_colors(values)
-    assert colours.min() >= 0 and colours.max() <= 1
-    linear = torch.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
-    luminance = linear @ torch.tensor([0.2126, 0.7152, 0.0722])
-    inside = luminance[100:301]
-    assert (inside.diff() > 0).all()
-    assert torch.equal(colours[0], colours[100]) and torch.equal(colours[-1], colours[300])
-    lightness = 116 * inside.clamp(min=0.008856) ** (1 / 3) - 16
-    assert lightness[50] == pytest.approx(25, abs=6) and lightness[100] == pytest.approx(50, abs=6)

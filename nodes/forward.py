@@ -117,11 +117,6 @@ class Forward:
         """Whether the image sees N1 in this block."""
         return block in self.run.selected and (self.released is None or block[0] in self.released.kinds)
 
-    @property
-    def phi(self) -> Tensor:
-        """What ``guide`` takes for alpha, [B or 1, 1, 1]: all tokens of a negative have the first one's."""
-        return self.alpha[:, :1]
-
     def real_tokens(self) -> Tensor:
         """int [B or 1]: how many of N's tokens are no padding."""
         if self.padding is None:

@@ -8,20 +8,19 @@ import torch
 from torch import Tensor
 
 from ..vsf_core import (
-    LSEAttention,
+    VSF,
+    AttentionBackend,
+    NegativeTerms,
     TokenLayout,
-    cross_attention,
-    cross_attention_guided,
-    cross_attention_masked,
-    joint_attention,
-    joint_attention_guided,
-    joint_attention_guided_masked,
-    joint_attention_masked,
+    attend_cross,
+    attend_joint,
+    padding_mask,
     unless_all,
+    way_of,
 )
 from .blocks import Block
 from .forward import FORWARD_KEY, PLACE_KEY, Forward, Place
-from .host_attention import OVERRIDE, Backend, HostAttention
+from .host_attention import OVERRIDE, HostAttention
 from .host_check import changed_host
 
 
@@ -108,20 +107,12 @@ def _cross_override(previous: Callable | None, func: Callable, *args: Any, **kwa
     place: Place | None = host.options.get(PLACE_KEY)
     if place is None:
         place = forward.place_outside(host.options)
-    bias = forward.bias_for(place, host.queries)
-    shared = (q, *positive, *negative, forward.alpha, bias)
-    attend = forward.backend.attention(host) if mask is None else None
-    path = _path(forward.backend, host, attend) if forward.guide is None else "two cross-attentions"
-    if not place.enter(forward.run, path):
-        out = host.black_box(q, *positive, mask)
-    elif forward.guide is not None:
-        steering = (forward.guide, forward.phi, _presence(bias), forward.backend.masked(host))
-        out = cross_attention_guided(q, *positive, *negative, *steering, forward.padding, mask)
-    elif attend is not None:
-        out = cross_attention(*shared, attend, host.scale, place.share(host.queries))
-    else:
-        out = cross_attention_masked(*shared, forward.backend.masked(host), place.share(host.queries), mask)
-    return host.join(out)
+    method, backend = forward.guide or VSF(), _backend(forward, host)
+    terms = NegativeTerms(forward.alpha, forward.bias_for(place, host.queries), forward.padding)
+    if not place.enter(forward.run, way_of(method, backend, mask, cross=True)):
+        return host.join(host.black_box(q, *positive, mask))
+    mass = place.share(host.queries)
+    return host.join(attend_cross(method, backend, q, *positive, *negative, terms, mask, mass))
 
 
 def _unmarked_override(previous: Callable | None, func: Callable, *args: Any, **kwargs: Any) -> Tensor:
@@ -141,8 +132,7 @@ def _kept_apart(host: HostAttention, forward: Forward) -> Tensor:
     (q, k, v), n, padding = host.split(), forward.tokens, forward.padding
     hidden = None
     if padding is not None:  # where all of N is padding it sees itself: nothing sees it
-        hidden = unless_all(padding)
-        hidden = torch.zeros_like(hidden, dtype=q.dtype).masked_fill(hidden, -torch.inf)[:, None, None]
+        hidden = padding_mask(unless_all(padding), q.dtype)[:, None, None]
     own = forward.backend.masked(host)(q[:, :, :n], k[:, :, :n], v[:, :, :n], hidden)
     rest = host.black_box(q[:, :, n:], k[:, :, n:], v[:, :, n:], host.mask)
     return host.join(torch.cat([own, rest], dim=2))
@@ -163,39 +153,21 @@ def _joint(host: HostAttention, layout: TokenLayout, place: Place) -> Tensor:
     forward: Forward = host.options[FORWARD_KEY]
     q, k, v = host.split()
     mask = _total_mask(host.mask, layout, place.kind, forward, q.dtype)
-    attend = forward.backend.attention(host) if mask is None else None
-    masked = forward.backend.masked(host)
+    method, backend = forward.guide or VSF(), _backend(forward, host)
     ordinary = forward.released is not None and place.kind not in forward.released.kinds
-    path = "ordinary text" if ordinary else _path(forward.backend, host, attend)
-    bias = place.bias if place.enter(forward.run, path) else None
-    shared = (q, k, v, layout, forward.alpha, bias)
-    share = place.share(layout.image)
+    entered = place.enter(forward.run, "ordinary text" if ordinary else way_of(method, backend, mask))
+    mass = place.share(layout.image)
     if ordinary:
-        out = masked(q, k, v, mask)
-    elif bias is not None and forward.guide is not None:
-        guided = (q, k, v, layout, forward.guide, forward.phi, _presence(bias))
-        if attend is not None:
-            out = joint_attention_guided(*guided, attend, forward.padding, host.scale)
-        else:
-            out = joint_attention_guided_masked(*guided, masked, forward.padding, mask)
-    elif attend is not None:
-        out = joint_attention(*shared, attend, forward.padding, host.scale, share)
-    else:
-        out = joint_attention_masked(*shared, masked, forward.padding, mask, share)
-    return host.join(out)
+        return host.join(backend.black_box(q, k, v, mask))
+    terms = NegativeTerms(forward.alpha, place.bias if entered else None, forward.padding)
+    return host.join(attend_joint(method, backend, q, k, v, layout, terms, mask, mass))
 
 
-def _presence(bias: Tensor) -> Tensor:
-    """[B or 1, I or 1, 1]: how much of NAG's or NASA's steering an image token takes, from a beta that knows of masks,
-    of blocks that are not selected and of padding, and is 0 elsewhere."""
-    return torch.exp(-bias.amin(dim=-1, keepdim=True))
-
-
-def _path(backend: Backend, host: HostAttention, attend: LSEAttention | None) -> str:
-    """For the log: how VSF's attention is computed."""
-    if attend is not None:
-        return f"log-sum-exp merge ({attend.__name__})"
-    return f"row mask ({host.name if backend.deaf is None else 'PyTorch'})"
+def _backend(forward: Forward, host: HostAttention) -> AttentionBackend:
+    """What this call may be made of."""
+    chosen = forward.backend
+    name = host.name if chosen.deaf is None else "PyTorch"
+    return AttentionBackend(chosen.masked(host), chosen.attention(host), host.scale, name)
 
 
 def _total_mask(
@@ -213,5 +185,5 @@ def _total_mask(
     if end == layout.span("P").stop and not forward.released.copy:
         return mask
     hidden = torch.zeros(forward.hidden.shape[0], 1, 1, layout.length, device=forward.bias.device, dtype=dtype)
-    hidden[:, 0, 0, end - forward.tokens : end].masked_fill_(forward.hidden, -torch.inf)
+    hidden[:, 0, 0, end - forward.tokens : end] = padding_mask(forward.hidden, dtype)
     return hidden if mask is None else mask + hidden

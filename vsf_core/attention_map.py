@@ -62,7 +62,7 @@ class AttentionRecord:
         shown = list(range(total) if frames is None else frames)
         expected = (len(LAYERS), batch, len(shown) * self.grid[0] * self.grid[1])
         if tuple(sums.shape) != expected:
-            raise ValueError(f"expected shares of shape {expected}, got {tuple(sums.shape)}")
+            raise ValueError(f"expected an attention mass of shape {expected}, got {tuple(sums.shape)}")
         with self._lock:
             if step not in self._sums:
                 self._sums[step] = torch.zeros(len(LAYERS), batch, total, *self.grid)

@@ -6,8 +6,9 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..vsf_core import LAYERS, AttentionRecord, heat_colors, laid_over
+from ..vsf_core import LAYERS, AttentionRecord
 from .checks import one_of
+from .drawing import heat_colors, laid_over
 from .graph_check import ancestors
 from .latent_map import latent_frames_of
 from .record import Holder, MapType
@@ -85,8 +86,8 @@ class VSFAttentionMap(io.ComfyNode):
             ("normalize", normalize, SCALES),
         ):
             one_of(name, value, known)
-        record = map.record
-        if record.runs == 0:
+        record = map.record_here()
+        if record is None:
             raise ValueError(
                 "VSF: nothing was sampled with this VSF Record. Connect its model output to the sampler that makes "
                 "this picture."
@@ -95,6 +96,12 @@ class VSFAttentionMap(io.ComfyNode):
             raise ValueError(
                 "VSF: the map of this picture is gone: a later run was recorded over it, and ComfyUI took the picture "
                 "from its cache. Change the seed, or anything else before the sampler, to sample again."
+            )
+        if map.is_mixed:
+            raise ValueError(
+                "VSF: several runs of this queue were recorded by one VSF Record, and nothing tells which one made this "
+                "picture. Use one VSF Record for each sampler, and none before a node that samples several times (a "
+                "tiled upscaler)."
             )
         shown = list(range(record.steps)) if steps == "each" else [None]
         maps = torch.cat([_per_picture(record.mean(layers, step), image) for step in shown])

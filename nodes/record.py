@@ -46,9 +46,7 @@ class Holder:
         if there was no other run.
         """
         shown_before = picture is not None and picture == self.picture
-        now = get_executing_context()
-        of_this_queue = now is None or self.by is None or now.prompt_id == self.by.prompt_id
-        ours = of_this_queue or shown_before or self.queues == 1
+        ours = _prompt_of(get_executing_context()) == _prompt_of(self.by) or shown_before or self.queues == 1
         if ours:
             self.picture = picture
         return ours
@@ -57,11 +55,11 @@ class Holder:
         """The record of a run that begins."""
         now = get_executing_context()
         item = (now.list_index if now else None) or 0
-        if now is None or self.by is None or now.prompt_id != self.by.prompt_id:
+        if now is not None and self.by is not None and now.prompt_id == self.by.prompt_id:
+            self.is_mixed = self.is_mixed or item in self.records or now.node_id != self.by.node_id
+        else:
             self.records, self.by, self.is_mixed, self.picture = {}, now, False, None
             self.queues += 1
-        else:
-            self.is_mixed = self.is_mixed or item in self.records or now.node_id != self.by.node_id
         return self.records.setdefault(item, AttentionRecord())
 
     def record_here(self) -> AttentionRecord | None:
@@ -95,6 +93,10 @@ class Holder:
             options.pop(RECORD_KEY, None)
 
 
+def _prompt_of(context: ExecutionContext | None) -> str | None:
+    return context and context.prompt_id
+
+
 class Recorder:
     """One sampling run: from the patched model's forward passes into its record."""
 
@@ -125,7 +127,10 @@ class Recorder:
         at = view.pictures, frames, view.rows, view.columns
         for part, uuid in zip(own.chunk(len(options["uuids"]), dim=1), options["uuids"], strict=True):
             if uuid in self.entries:
-                self.record.add(step, part, counts, at)
+                try:
+                    self.record.add(step, part, counts, at)
+                except ValueError as error:
+                    raise RuntimeError(f"VSF: VSF Record cannot place this step: {error}. Remove VSF Record.") from error
 
 
 class VSFRecord(io.ComfyNode):

@@ -1,4 +1,4 @@
-"""Value Sign Flip (VSF): a negative prompt inside one attention call.
+"""Value Sign Flip (VSF, arXiv 2508.10931): a negative prompt inside one attention call.
 
 The method in one line (the paper's Eq. 7-9), for an image query q, positive keys and values K+, V+ and negative ones
 K-, V-::
@@ -15,47 +15,47 @@ from .attention import (
     joint_attention,
     joint_attention_masked,
     merge_negative_,
-    unless_all,
 )
-from .attention_map import LAYERS, AttentionRecord, heat_colors, laid_over, layer_of
-from .backends import LSEAttention, lse_attention
+from .attention_map import LAYERS, AttentionRecord, layer_of
+from .backends import Attention, AttentionBackend, LSEAttention, lse_attention
 from .embeddings import content_length, extrapolate, null_embedding
-from .guidance import (
-    NAG,
-    NASA,
-    Guidance,
-    cross_attention_guided,
-    joint_attention_guided,
-    joint_attention_guided_masked,
-)
-from .layout import TokenLayout
+from .guidance import cross_attention_guided, joint_attention_guided, joint_attention_guided_masked
+from .layout import TokenLayout, padding_mask, unless_all
+from .methods import NAG, NASA, VSF, Guidance, Method, NegativeTerms, attend_cross, attend_joint, way_of
 from .reference import cross_attention_reference, joint_attention_reference, joint_mask
 
 __all__ = [
     "LAYERS",
     "NAG",
     "NASA",
+    "VSF",
+    "Attention",
+    "AttentionBackend",
     "AttentionRecord",
     "Guidance",
     "LSEAttention",
+    "Method",
+    "NegativeTerms",
     "TokenLayout",
+    "attend_cross",
+    "attend_joint",
     "content_length",
     "cross_attention",
     "cross_attention_guided",
     "cross_attention_masked",
     "cross_attention_reference",
     "extrapolate",
-    "heat_colors",
     "joint_attention",
     "joint_attention_guided",
     "joint_attention_guided_masked",
     "joint_attention_masked",
     "joint_attention_reference",
     "joint_mask",
-    "laid_over",
     "layer_of",
     "lse_attention",
     "merge_negative_",
     "null_embedding",
+    "padding_mask",
     "unless_all",
+    "way_of",
 ]

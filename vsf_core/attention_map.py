@@ -1,4 +1,4 @@
-"""The attention map: the part 1 - W of each image token's attention that fell on the negative, kept and drawn."""
+"""The attention map: the part 1 - W of each image token's attention that fell on the negative, kept."""
 
 from collections.abc import Sequence
 from threading import Lock
@@ -10,9 +10,6 @@ from torch import Tensor
 LAYERS = ("early", "middle", "late")
 """The layer groups: thirds of a model's blocks, in the order in which they run."""
 
-_STOPS = (0x000004, 0x210C4A, 0x57106E, 0x8A226A, 0xBC3754, 0xE45932, 0xF98C0A, 0xF9C932, 0xFCFFA4)
-"""The colour map "inferno" at equal distances, as sRGB: lightness rises evenly from black to yellow."""
-
 
 def layer_of(position: int, blocks: int) -> int:
     """Index in ``LAYERS`` of the block at ``position`` (0 ..) of ``blocks``."""
@@ -22,9 +19,9 @@ def layer_of(position: int, blocks: int) -> int:
 class AttentionRecord:
     """The maps of one sampling run: 1 - W, mean over heads and over what ran, at token-grid size.
 
-    Bounded: per step, layer group (``LAYERS``) and picture one fp32 number an image token, on the CPU, however many
-    blocks, heads and negatives there are. 8 steps of 1024 x 1024 in SD3 or Flux are 0.4 MB a picture; 20 steps of an
-    81-frame 480p video in Wan are 8 MB.
+    Bounded: per step, layer group (``LAYERS``) and picture two fp32 numbers an image token, a sum and a count, on the CPU,
+    however many blocks, heads and negatives there are. 8 steps of 1024 x 1024 in SD3 or Flux are 0.8 MB a picture; 20
+    steps of an 81-frame 480p video in Wan are 16 MB.
     """
 
     def __init__(self) -> None:
@@ -55,34 +52,49 @@ class AttentionRecord:
         """The steps, from 0, in which the negative was there to be attended to."""
         return sorted(self._sums)
 
-    def add(self, step: int, sums: Tensor, counts: Tensor, frames: Sequence[int] | None = None) -> None:
-        """One forward pass of a step: ``sums`` [3, B, tokens] of 1 - W over ``counts`` [3] blocks of each layer group.
+    def add(self, step: int, sums: Tensor, counts: Tensor, at: Sequence[Sequence[int]] | None = None) -> None:
+        """One forward pass of a step: ``sums`` [3, B, frames, rows, columns of tokens] of 1 - W over ``counts`` [3] blocks
+        of each layer group.
 
-        ``frames``: the latent frames that were shown (a context window), None for all. Raises ``ValueError`` where the
-        shapes are not the run's.
+        ``at``: which pictures, latent frames, latent rows and latent columns of the run the pass showed (a context
+        window), None for all. Raises ``ValueError`` where the shapes are not the run's, or a window's tokens lie across
+        those of the whole.
         """
-        batch, total, *_ = self.shape
-        shown = list(range(total) if frames is None else frames)
-        expected = (len(LAYERS), batch, len(shown) * self.grid[0] * self.grid[1])
+        pictures, frames, rows, columns = map(range, self.shape) if at is None else at
+        places = list(pictures), list(frames), self._tokens(rows), self._tokens(columns)
+        expected = (len(LAYERS), *map(len, places))
         if tuple(sums.shape) != expected:
-            raise ValueError(f"expected shares of shape {expected}, got {tuple(sums.shape)}")
+            raise ValueError(f"expected attention mass of shape {expected}, got {tuple(sums.shape)}")
+        axes = (torch.arange(len(LAYERS)), *(torch.tensor(place) for place in places))
+        where = torch.meshgrid(*axes, indexing="ij")
+        counts = counts[:, None, None, None, None].expand(expected).float()
         with self._lock:
             if step not in self._sums:
-                self._sums[step] = torch.zeros(len(LAYERS), batch, total, *self.grid)
-                self._counts[step] = torch.zeros(len(LAYERS), total)
-            self._sums[step][:, :, shown] += sums.to("cpu", torch.float32).reshape(*expected[:2], -1, *self.grid)
-            self._counts[step][:, shown] += counts[:, None]
+                self._sums[step] = torch.zeros(len(LAYERS), *self.shape[:2], *self.grid)
+                self._counts[step] = torch.zeros_like(self._sums[step])
+            self._sums[step].index_put_(where, sums.to("cpu", torch.float32), accumulate=True)
+            self._counts[step].index_put_(where, counts, accumulate=True)
+
+    def _tokens(self, latent: Sequence[int]) -> list[int]:
+        """The tokens along a side of which each covers ``patch`` of the ``latent`` rows or columns shown."""
+        firsts = list(latent)[:: self.patch]
+        if any(first % self.patch for first in firsts):
+            raise ValueError(
+                f"a window begins at latent pixel {next(f for f in firsts if f % self.patch)}, inside a token of the "
+                f"whole picture, which are {self.patch} wide"
+            )
+        return [first // self.patch for first in firsts]
 
     def mean(self, layers: str = "all", step: int | None = None) -> Tensor:
         """1 - W, [pictures, latent frames, grid height, grid width]: the mean over a layer group, or all of them, of
         one step, or over all steps in which the negative acted. 0 where it never did."""
         steps = self.acted if step is None else [step] if step in self._sums else []
         group = slice(None) if layers == "all" else slice(LAYERS.index(layers), LAYERS.index(layers) + 1)
-        total, count = torch.zeros(*self.shape[:2], *self.grid), torch.zeros(self.shape[1])
+        total, count = torch.zeros(*self.shape[:2], *self.grid), torch.zeros(*self.shape[:2], *self.grid)
         for s in steps:
             total += self._sums[s][group].sum(dim=0)
             count += self._counts[s][group].sum(dim=0)
-        return total / count.clamp(min=1)[:, None, None]
+        return total / count.clamp(min=1)
 
     def fitted(self, maps: Tensor, height: int, width: int) -> Tensor:
         """``maps`` [n, grid height, grid width] as [n, height, width] over the picture, interpolated.
@@ -92,19 +104,3 @@ class AttentionRecord:
         rows, columns = (side * self.patch for side in self.grid)
         size = round(height * rows / self.shape[2]), round(width * columns / self.shape[3])
         return F.interpolate(maps[:, None], size=size, mode="bilinear")[:, 0, :height, :width]
-
-
-def heat_colors(values: Tensor) -> Tensor:
-    """``values`` [...] in 0..1 (clamped) as colours [..., 3], sRGB in 0..1: black is 0, light yellow is 1."""
-    table = torch.tensor([[stop >> shift & 255 for shift in (16, 8, 0)] for stop in _STOPS]) / 255
-    at = values.clamp(0, 1) * (len(_STOPS) - 1)
-    low = at.long().clamp(max=len(_STOPS) - 2)
-    return torch.lerp(table[low], table[low + 1], (at - low)[..., None])
-
-
-def laid_over(image: Tensor, values: Tensor, opacity: float) -> Tensor:
-    """The heat map of ``values`` [n, H, W] in 0..1 over ``image`` [n, H, W, 3], the more opaque the hotter.
-
-    What is at 0 keeps the picture; at 1 the colour's weight is ``opacity``.
-    """
-    return torch.lerp(image, heat_colors(values), values.clamp(0, 1)[..., None] * opacity)

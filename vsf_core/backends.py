@@ -5,6 +5,7 @@ The libraries' ones (sageattention, flash_attn, xformers) are imported when they
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -12,7 +13,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LSEAttention = Callable[[Tensor, Tensor, Tensor, float | None], tuple[Tensor, Tensor]]
-"""(q, k, v, scale) -> (Z [B, H, Lq, D], lse [B, H, Lq] natural log, fp32); Z is fresh memory. No empty q or k."""
+"""(q, k, v, softmax_scale) -> (Z [B, H, Lq, D], fresh memory; lse [B, H, Lq], natural log, fp32). No empty q or k."""
+
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""A black box: (q, k, v, additive mask or None) -> Z [B, H, Lq, D]."""
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionBackend:
+    """Which attentions a call may be made of. ``lse`` is used where it is given and nothing needs a mask."""
+
+    black_box: Attention
+    lse: LSEAttention | None = None
+    softmax_scale: float | None = None
+    """What ``lse`` multiplies q k^T by; None: D^-0.5. ``black_box`` has a scale of its own."""
+    name: str = "black box"
+    """That of ``black_box``, for logs."""
+
+    def lse_under(self, mask: Tensor | None) -> LSEAttention | None:
+        """``lse``, unless there is a mask, which it does not take."""
+        return self.lse if mask is None else None
+
 
 aten = torch.ops.aten
 
@@ -22,57 +43,58 @@ def _unit_stride(*tensors: Tensor) -> list[Tensor]:
     return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
 
-def cpu_flash(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+def cpu_flash(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None) -> tuple[Tensor, Tensor]:
     """PyTorch's flash attention for CPUs."""
     q, k, v = _unit_stride(q, k, v)
-    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=softmax_scale)
 
 
-def cuda_flash(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+def cuda_flash(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None) -> tuple[Tensor, Tensor]:
     """FlashAttention as PyTorch ships it (CUDA, ROCm): half precision, head dimension padded to a multiple of 8."""
     dim = q.shape[-1]
-    scale = dim**-0.5 if scale is None else scale
+    softmax_scale = dim**-0.5 if softmax_scale is None else softmax_scale
     if dim % 8:
         q, k, v = (F.pad(t, (0, 8 - dim % 8)) for t in (q, k, v))
-    z, lse = aten._scaled_dot_product_flash_attention(*_unit_stride(q, k, v), scale=scale)[:2]
+    z, lse = aten._scaled_dot_product_flash_attention(*_unit_stride(q, k, v), scale=softmax_scale)[:2]
     return z[..., :dim], lse[..., : q.shape[2]]
 
 
-def cuda_efficient(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+def cuda_efficient(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None) -> tuple[Tensor, Tensor]:
     """The memory-efficient kernel (CUDA, ROCm), fp32 too; its log-sum-exp is padded to 32 rows."""
-    z, lse = aten._scaled_dot_product_efficient_attention(*_unit_stride(q, k, v), None, True, scale=scale)[:2]
+    z, lse = aten._scaled_dot_product_efficient_attention(*_unit_stride(q, k, v), None, True, scale=softmax_scale)[:2]
     return z, lse[..., : q.shape[2]]
 
 
-def cuda_cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+def cuda_cudnn(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None) -> tuple[Tensor, Tensor]:
     """cuDNN's kernel (CUDA), for PyTorch builds without FlashAttention; its log-sum-exp has a dimension more."""
     q, k, v = (t.contiguous() for t in (q, k, v))
-    z, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)[:2]
+    z, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=softmax_scale)[:2]
     return z, lse.reshape(*q.shape[:2], -1)[..., : q.shape[2]]
 
 
-def sageattention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+def sageattention(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None) -> tuple[Tensor, Tensor]:
     """SageAttention 2 (CUDA): 8-bit keys and queries."""
     from sageattention import sageattn
 
-    return sageattn(*_unit_stride(q, k, v), tensor_layout="HND", is_causal=False, sm_scale=scale, return_lse=True)
+    options = {"tensor_layout": "HND", "is_causal": False, "sm_scale": softmax_scale, "return_lse": True}
+    return sageattn(*_unit_stride(q, k, v), **options)
 
 
-def flash_attn(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+def flash_attn(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None) -> tuple[Tensor, Tensor]:
     """The flash-attn package (CUDA, ROCm); [B, L, H, D] there."""
     from flash_attn import flash_attn_func
 
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    z, lse, _ = flash_attn_func(q, k, v, softmax_scale=scale, return_attn_probs=True)
+    z, lse, _ = flash_attn_func(q, k, v, softmax_scale=softmax_scale, return_attn_probs=True)
     return z.transpose(1, 2), lse[..., : q.shape[1]]
 
 
-def xformers(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+def xformers(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None) -> tuple[Tensor, Tensor]:
     """xFormers' memory-efficient attention (CUDA, ROCm); [B, L, H, D] there, the log-sum-exp padded by some kernels."""
     from xformers.ops.fmha import memory_efficient_attention_forward_requires_grad
 
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    z, lse = memory_efficient_attention_forward_requires_grad(q, k, v, scale=scale)
+    z, lse = memory_efficient_attention_forward_requires_grad(q, k, v, scale=softmax_scale)
     return z.transpose(1, 2), lse[..., : q.shape[1]]
 
 
@@ -103,8 +125,8 @@ def lse_attention(
 
 
 def _large_only(large: LSEAttention, small: LSEAttention) -> LSEAttention:
-    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
-        return (small if min(q.shape[2], k.shape[2]) <= SMALL else large)(q, k, v, scale)
+    def attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None) -> tuple[Tensor, Tensor]:
+        return (small if min(q.shape[2], k.shape[2]) <= SMALL else large)(q, k, v, softmax_scale)
 
     attend.__name__ = large.__name__
     return attend

@@ -1,4 +1,4 @@
-"""Where image, positive and negative tokens sit in a joint attention's sequence."""
+"""Where image, positive and negative tokens sit in a joint attention's sequence, and which of them are padding."""
 
 from dataclasses import dataclass
 
@@ -8,28 +8,25 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Lengths of the three token groups of a joint sequence, and their order.
+    """Lengths of the three groups of a joint sequence [P's first ``before`` tokens, N, the rest of P, I].
 
-    ``order`` is a permutation of ``"IPN"``: ``"NPI"`` is a text-first model (SD3, Flux) with the negative tokens put
-    before the positive ones, ``"IPN"`` an image-first one (HunyuanVideo). With the negative at either end, image and
-    positive tokens stay contiguous, so that the model's own attention runs on a view of them; ``"PNI"`` works too and
-    costs a copy of keys and values.
+    I is the image; N the negative; P everything else, usually the positive text: ``positive`` tokens, on both sides of
+    N taken together. With ``before`` 0, P and I lie in one piece, and the model's own attention runs on a view of them;
+    otherwise it needs a copy of keys and values.
 
-    Raises ``ValueError`` for an order that is no permutation, a negative length, or a sequence without image tokens.
+    Raises ``ValueError`` for a negative length, for ``before`` > ``positive``, and without image tokens.
     """
 
     image: int
     positive: int
     negative: int
-    order: str = "NPI"
+    before: int = 0
 
     def __post_init__(self) -> None:
-        if sorted(self.order) != ["I", "N", "P"]:
-            raise ValueError(f"order must be a permutation of 'IPN', got {self.order!r}")
-        if self.image < 1 or self.positive < 0 or self.negative < 0:
+        if self.image < 1 or self.negative < 0 or not 0 <= self.before <= self.positive:
             raise ValueError(
-                f"need at least one image token and no negative lengths, got image={self.image}, "
-                f"positive={self.positive}, negative={self.negative}"
+                f"need at least one image token, no negative lengths and before <= positive, got image={self.image}, "
+                f"positive={self.positive}, negative={self.negative}, before={self.before}"
             )
 
     @property
@@ -37,17 +34,42 @@ class TokenLayout:
         """Number of tokens in the sequence."""
         return self.image + self.positive + self.negative
 
+    def spans(self, groups: str) -> list[slice]:
+        """The slices of ``groups`` (a text of "I", "P" and "N"), in the sequence's order: what touches is one slice,
+        and none is empty."""
+        n, p, i = self.before, self.before + self.negative, self.positive + self.negative
+        merged: list[slice] = []
+        for group, start, stop in (("P", 0, n), ("N", n, p), ("P", p, i), ("I", i, self.length)):
+            if group not in groups or start == stop:
+                continue
+            if merged and merged[-1].stop == start:
+                merged[-1] = slice(merged[-1].start, stop)
+            else:
+                merged.append(slice(start, stop))
+        return merged
+
     def span(self, group: str) -> slice:
-        """The slice of the sequence that ``group`` ("I", "P" or "N") occupies."""
-        sizes = {"I": self.image, "P": self.positive, "N": self.negative}
-        start = sum(sizes[g] for g in self.order[: self.order.index(group)])
-        return slice(start, start + sizes[group])
+        """The slice of ``group``, maybe an empty one. ``ValueError`` for a P on both sides of N."""
+        spans = self.spans(group) or [slice(self.before, self.before)]
+        if len(spans) > 1:
+            raise ValueError(f"{group} is in {len(spans)} pieces, on both sides of the negative: ask for its spans")
+        return spans[0]
+
+    def take(self, groups: str, x: Tensor, dim: int = 2) -> Tensor:
+        """The tokens of ``groups`` along ``dim`` of ``x``: a view where they lie in one piece, else a copy."""
+        parts = [x.narrow(dim, s.start, s.stop - s.start) for s in self.spans(groups) or [slice(0, 0)]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
     def without_negative(self, x: Tensor) -> Tensor:
-        """``x`` [B, H, L, D] without its negative tokens: a view when these sit at an end, else a copy."""
-        n = self.span("N")
-        if n.start == 0:
-            return x[:, :, n.stop :]
-        if n.stop == self.length:
-            return x[:, :, : n.start]
-        return torch.cat((x[:, :, : n.start], x[:, :, n.stop :]), dim=2)
+        """``x`` [B, H, L, D] without its negative tokens: a view with ``before`` 0, else a copy."""
+        return self.take("PI", x)
+
+
+def padding_mask(padding: Tensor, dtype: torch.dtype) -> Tensor:
+    """``padding`` (bool, of any shape) as an additive mask: 0 on real tokens, -inf on padding. As a beta: negated."""
+    return torch.zeros_like(padding, dtype=dtype).masked_fill(padding, -torch.inf)
+
+
+def unless_all(padding: Tensor) -> Tensor:
+    """``padding`` [B, N], but nothing where all of a row is: what nobody sees must be finite all the same."""
+    return padding & ~padding.all(dim=-1, keepdim=True)

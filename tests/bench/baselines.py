@@ -65,10 +65,12 @@ def guided(combine: Callable[[Tensor, Tensor], Tensor]) -> Rule:
 
 
 def beyond(candidate: str, scale: float, offset: float, **own: float) -> Rule:
-    """One of ``vsf_core.beyond``'s candidates."""
-    from vsf_core import beyond, lse_attention
+    """One of ``beyond_methods.py``'s candidates."""
+    from beyond_methods import CANDIDATES, parts_of
 
-    combine = beyond.CANDIDATES[candidate]
+    from vsf_core import lse_attention
+
+    combine = CANDIDATES[candidate]
 
     def rule(call: Call) -> Tensor:
         attend = lse_attention(call.q.device, call.q.dtype, call.q.shape[-1])
@@ -78,7 +80,7 @@ def beyond(candidate: str, scale: float, offset: float, **own: float) -> Rule:
         z_pos, lse_pos = attend(q, call.k[:, :, after], call.v[:, :, after], None)
         z_neg, lse_neg = attend(q, call.k[:, :, n], call.v[:, :, n], None)
         z_text, lse_text = attend(q, call.k[:, :, p], call.v[:, :, p], None)
-        parts = beyond.parts_of(z_pos, lse_pos, z_neg, lse_neg - offset, z_text, lse_text)
+        parts = parts_of(z_pos, lse_pos, z_neg, lse_neg - offset, z_text, lse_text)
         return call.with_text(combine(parts, scale, **own))
 
     return rule

@@ -1,4 +1,4 @@
-"""What could be better than VSF? Judges the candidates of ``vsf_core.beyond`` on the trained toy models.
+"""What could be better than VSF? Judges the candidates of ``beyond_methods.py`` on the trained toy models.
 
     python3 dev.py bench beyond [--family sd3 flux wan] [--out DIR] [--json FILE]
 

@@ -106,7 +106,7 @@ def test_released_layout_is_the_paper_layout_with_other_numbers(pack, model):
     layout = TokenLayout(image=40, positive=6, negative=4)
     n = layout.span("N")
     b = torch.exp(torch.tensor(-0.2, dtype=torch.float64))
-    with_copy = TokenLayout(image=40, positive=10, negative=4, order="NPI")
+    with_copy = TokenLayout(image=40, positive=10, negative=4)
 
     def grow(t):  # [N, P, I] -> [N, (copy of N, P), I]
         return torch.cat((t[:, :, n], t[:, :, n], t[:, :, n.stop :]), dim=2)

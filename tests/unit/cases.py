@@ -1,10 +1,26 @@
 """What the tests of attention share: inputs, tolerances, the error measure."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
+from vsf_core import TokenLayout
+
+BEFORE = pytest.mark.parametrize("before", [0.0, 0.5, 1.0], ids=["N, P", "P, N, P", "P, N"])
+"""Which part of P stands in front of N."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 4e-3}
+
+
+def placed(image, positive, negative, before):
+    """With ``before``, 0..1, of P in front of N."""
+    return TokenLayout(image, positive, negative, round(before * positive))
+
+
+def rows_of(layout, groups):
+    """The positions of ``groups`` in the sequence, from the definition [P's first, N, P's rest, I]."""
+    first, rest = "P" * layout.before, "P" * (layout.positive - layout.before)
+    return [at for at, group in enumerate(first + "N" * layout.negative + rest + "I" * layout.image) if group in groups]
 
 
 def black_box(q, k, v, mask):

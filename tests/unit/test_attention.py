@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, TOLERANCE, black_box, make, relative
+from cases import BEFORE, DTYPES, TOLERANCE, black_box, make, placed, relative, rows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,17 +22,30 @@ from vsf_core import (
 )
 
 
-def run_joint(path, q, k, v, layout, alpha, bias, padding=None):
+def run_joint(path, q, k, v, layout, alpha, beta, padding=None):
     if path == "merge":
         attend = lse_attention(q.device, q.dtype, q.shape[-1])
         assert attend is not None, "this machine's own attention must pass the probe"
-        return joint_attention(q, k, v, layout, alpha, bias, attend, padding)
-    return joint_attention_masked(q, k, v, layout, alpha, bias, black_box, padding)
+        return joint_attention(q, k, v, layout, alpha, beta, attend, padding)
+    return joint_attention_masked(q, k, v, layout, alpha, beta, black_box, padding)
 
 
-def oracle(q, k, v, layout, alpha, bias, padding=None):
-    bias = torch.full((1, 1, 1), math.inf) if bias is None else bias
-    return joint_attention_reference(*(t.double() for t in (q, k, v)), layout, alpha.double(), bias.double(), padding)
+def oracle(q, k, v, layout, alpha, beta, padding=None):
+    beta = torch.full((1, 1, 1), math.inf) if beta is None else beta
+    return joint_attention_reference(*(t.double() for t in (q, k, v)), layout, alpha.double(), beta.double(), padding)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("before", [1, 5, 11])
+def test_the_definition_does_not_depend_on_the_order(before, padded):
+    layout, first = TokenLayout(50, 11, 7, before), TokenLayout(50, 11, 7)
+    q, k, v = make(layout, batch=2, dtype=torch.float64, spread=6.0)
+    alpha, beta = torch.linspace(-1, 4, 7).double().view(1, 7, 1), torch.linspace(-1, 4, 350).double().view(1, 50, 7)
+    padding = torch.tensor([[False] * 5 + [True] * 2]) if padded else None
+    order = [*rows_of(layout, "N"), *rows_of(layout, "PI")]
+    expected = joint_attention_reference(*(t[:, :, order] for t in (q, k, v)), first, alpha, beta, padding)
+    result = joint_attention_reference(q, k, v, layout, alpha, beta, padding)
+    assert relative(result[:, :, order], expected) < 1e-12
 
 
 PATHS = pytest.mark.parametrize("path", ["merge", "masked"])
@@ -40,7 +53,7 @@ PATHS = pytest.mark.parametrize("path", ["merge", "masked"])
 
 @PATHS
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("order", ["NPI", "IPN", "PNI", "INP"])
+@BEFORE
 @pytest.mark.parametrize(
     ("image", "positive", "negative", "batch", "heads", "dim"),
     [
@@ -51,12 +64,12 @@ PATHS = pytest.mark.parametrize("path", ["merge", "masked"])
         (257, 3, 40, 3, 2, 128),
     ],
 )
-def test_shapes(path, dtype, order, image, positive, negative, batch, heads, dim):
-    layout = TokenLayout(image, positive, negative, order)
+def test_shapes(path, dtype, before, image, positive, negative, batch, heads, dim):
+    layout = placed(image, positive, negative, before)
     q, k, v = make(layout, batch=batch, heads=heads, dim=dim, dtype=DTYPES[dtype], spread=4.0)
-    alpha, bias = torch.full((1, 1, 1), 3.3), torch.full((1, 1, 1), 0.2)
-    expected = oracle(q, k, v, layout, alpha, bias)
-    assert relative(run_joint(path, q, k, v, layout, alpha, bias), expected) < TOLERANCE[dtype]
+    alpha, beta = torch.full((1, 1, 1), 3.3), torch.full((1, 1, 1), 0.2)
+    expected = oracle(q, k, v, layout, alpha, beta)
+    assert relative(run_joint(path, q, k, v, layout, alpha, beta), expected) < TOLERANCE[dtype]
 
 
 @PATHS
@@ -66,63 +79,66 @@ def test_shapes(path, dtype, order, image, positive, negative, batch, heads, dim
 def test_extremes(path, alpha, beta, spread):
     layout = TokenLayout(61, 13, 9)
     q, k, v = make(layout, batch=2, spread=spread)
-    alphas, bias = torch.full((1, 1, 1), alpha), torch.full((1, 1, 1), beta)
-    result = run_joint(path, q, k, v, layout, alphas, bias)
+    alpha, beta = torch.full((1, 1, 1), alpha), torch.full((1, 1, 1), beta)
+    result = run_joint(path, q, k, v, layout, alpha, beta)
     assert torch.isfinite(result).all()
-    assert relative(result, oracle(q, k, v, layout, alphas, bias)) < 1e-5
+    assert relative(result, oracle(q, k, v, layout, alpha, beta)) < 1e-5
 
 
 @PATHS
 @pytest.mark.parametrize("beta", [-0.6, 60.0])
 def test_logits_whose_exponential_overflows(path, beta):
-    """A bias per token, at logits whose exp fp32 cannot hold."""
+    """A beta per token, at logits whose exp fp32 cannot hold."""
     layout = TokenLayout(61, 13, 9)
     q, k, v = make(layout, batch=2, spread=150.0)
-    alphas, bias = torch.full((1, 1, 1), 3.3), torch.full((1, 1, 9), beta)
-    assert relative(run_joint(path, q, k, v, layout, alphas, bias), oracle(q, k, v, layout, alphas, bias)) < 1e-4
+    alphas, beta = torch.full((1, 1, 1), 3.3), torch.full((1, 1, 9), beta)
+    assert relative(run_joint(path, q, k, v, layout, alphas, beta), oracle(q, k, v, layout, alphas, beta)) < 1e-4
 
 
 @PATHS
+@BEFORE
 @pytest.mark.parametrize("where", ["token", "image", "both", "batch"])
-def test_bias_and_alpha_per_token(path, where):
-    layout = TokenLayout(50, 11, 7)
+def test_beta_and_alpha_per_token(path, before, where):
+    layout = placed(50, 11, 7, before)
     q, k, v = make(layout, batch=3, spread=6.0)
     g = torch.Generator().manual_seed(1)
     shape = {"token": (1, 1, 7), "image": (1, 50, 1), "both": (3, 50, 7), "batch": (3, 1, 1)}[where]
-    bias = torch.randn(shape, generator=g)
-    bias.view(-1)[0] = math.inf
+    beta = torch.randn(shape, generator=g)
+    beta.view(-1)[0] = math.inf
     alpha = torch.rand(3, 7, 1, generator=g) * 4
-    expected = oracle(q, k, v, layout, alpha, bias)
-    assert relative(run_joint(path, q, k, v, layout, alpha, bias), expected) < 1e-5
+    expected = oracle(q, k, v, layout, alpha, beta)
+    assert relative(run_joint(path, q, k, v, layout, alpha, beta), expected) < 1e-5
 
 
 @PATHS
-def test_batch_in_which_some_entries_have_no_negative(path):
+@BEFORE
+def test_batch_in_which_some_entries_have_no_negative(path, before):
     """Padding is +inf for the image and masked from N0; an entry that is all padding equals plain attention."""
-    layout = TokenLayout(50, 11, 7)
+    layout = placed(50, 11, 7, before)
     q, k, v = make(layout, batch=3, spread=6.0)
     padding = torch.tensor([[False] * 7, [False] * 4 + [True] * 3, [True] * 7])
-    bias = torch.full((3, 1, 1), 0.2)
+    beta = torch.full((3, 1, 1), 0.2)
     alpha = torch.full((3, 7, 1), 3.3)
-    result = run_joint(path, q, k, v, layout, alpha, bias, padding)
+    result = run_joint(path, q, k, v, layout, alpha, beta, padding)
     assert torch.isfinite(result).all()
-    assert relative(result, oracle(q, k, v, layout, alpha, bias, padding)) < 1e-5
+    assert relative(result, oracle(q, k, v, layout, alpha, beta, padding)) < 1e-5
     # entry 1 alone, its padding removed, gives the same image and the same four negative tokens
-    alone = TokenLayout(50, 11, 4)
-    keep = torch.cat((torch.arange(4), torch.arange(7, layout.length)))
+    alone = TokenLayout(50, 11, 4, layout.before)
+    keep = [at for at in range(layout.length) if at not in rows_of(layout, "N")[4:]]
     qs, ks, vs = (t[1:2, :, keep] for t in (q, k, v))
-    single = run_joint(path, qs, ks, vs, alone, alpha[1:2, :4], bias[1:2])
+    single = run_joint(path, qs, ks, vs, alone, alpha[1:2, :4], beta[1:2])
     assert relative(result[1:2, :, keep], single) < 1e-5
     # entry 2 is the model's own attention
-    main = slice(7, layout.length)
+    main = rows_of(layout, "PI")
     plain = F.scaled_dot_product_attention(q[2:, :, main], k[2:, :, main], v[2:, :, main])
     assert relative(result[2:, :, main], plain) < 1e-6
 
 
 @PATHS
-def test_block_that_is_not_selected(path):
-    """bias None: the image's rows are plain attention whatever N is, while N0 goes on attending to [I, N0]."""
-    layout = TokenLayout(50, 11, 7)
+@BEFORE
+def test_block_that_is_not_selected(path, before):
+    """beta None: the image's rows are plain attention whatever N is, while N0 goes on attending to [I, N0]."""
+    layout = placed(50, 11, 7, before)
     q, k, v = make(layout, spread=6.0)
     result = run_joint(path, q, k, v, layout, torch.ones(1, 1, 1), None)
     assert relative(result, oracle(q, k, v, layout, torch.ones(1, 1, 1), None)) < 1e-5
@@ -135,18 +151,19 @@ def test_block_that_is_not_selected(path):
 
 
 @PATHS
+@BEFORE
 @pytest.mark.parametrize("group", ["P", "N"])
-def test_isolation(path, group):
+def test_isolation(path, before, group):
     """P never depends on N; N0 never depends on P (Listing 1's mask)."""
-    layout = TokenLayout(50, 11, 7)
+    layout = placed(50, 11, 7, before)
     q, k, v = make(layout, spread=6.0)
-    other = layout.span({"P": "N", "N": "P"}[group])
-    before = run_joint(path, q, k, v, layout, torch.full((1, 1, 1), 3.3), torch.zeros(1, 1, 1))
+    own, other = rows_of(layout, group), rows_of(layout, {"P": "N", "N": "P"}[group])
+    first = run_joint(path, q, k, v, layout, torch.full((1, 1, 1), 3.3), torch.zeros(1, 1, 1))
     for t in (q, k, v):
         t[:, :, other] += 1.0
-    after = run_joint(path, q, k, v, layout, torch.full((1, 1, 1), 3.3), torch.zeros(1, 1, 1))
-    assert relative(after[:, :, layout.span(group)], before[:, :, layout.span(group)]) < 1e-6
-    assert relative(after[:, :, layout.span("I")], before[:, :, layout.span("I")]) > 1e-3
+    then = run_joint(path, q, k, v, layout, torch.full((1, 1, 1), 3.3), torch.zeros(1, 1, 1))
+    assert relative(then[:, :, own], first[:, :, own]) < 1e-6
+    assert relative(then[:, :, layout.span("I")], first[:, :, layout.span("I")]) > 1e-3
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -159,10 +176,10 @@ def test_half_precision_is_no_further_from_fp64_than_twice_the_dense_path(dtype,
     for seed in range(4):
         q, k, v = make(layout, dtype=DTYPES[dtype], spread=spread, seed=seed)
         alphas = torch.full((1, 1, 1), alpha)
-        bias = torch.full((1, 1, 1 if uniform else 16), 0.2)
-        expected = oracle(q, k, v, layout, alphas, bias)
-        dense_worst = max(dense_worst, relative(joint_attention_reference(q, k, v, layout, alphas, bias), expected))
-        merge_worst = max(merge_worst, relative(run_joint("merge", q, k, v, layout, alphas, bias), expected))
+        beta = torch.full((1, 1, 1 if uniform else 16), 0.2)
+        expected = oracle(q, k, v, layout, alphas, beta)
+        dense_worst = max(dense_worst, relative(joint_attention_reference(q, k, v, layout, alphas, beta), expected))
+        merge_worst = max(merge_worst, relative(run_joint("merge", q, k, v, layout, alphas, beta), expected))
     assert merge_worst <= 2 * dense_worst
 
 
@@ -176,11 +193,11 @@ def test_cross_attention(dtype, image, positive, negative, batch, per_token):
         for length in (image, positive, positive, negative, negative)
     )
     alpha = torch.rand(batch, negative, 1, generator=g) * 4
-    bias = torch.rand(batch, 1, negative if per_token else 1, generator=g)
-    double = (t.double() for t in (q, k, v, kn, vn, alpha, bias))
+    beta = torch.rand(batch, 1, negative if per_token else 1, generator=g)
+    double = (t.double() for t in (q, k, v, kn, vn, alpha, beta))
     attend = lse_attention(q.device, q.dtype, 64)
     assert (
-        relative(cross_attention(q, k, v, kn, vn, alpha, bias, attend), cross_attention_reference(*double))
+        relative(cross_attention(q, k, v, kn, vn, alpha, beta, attend), cross_attention_reference(*double))
         < (TOLERANCE[dtype])
     )
 
@@ -193,16 +210,13 @@ def test_cross_attention_with_padding_of_the_positive():
     mask = torch.zeros(2, 1, 1, 12)
     mask[0, ..., 7:], mask[1, ..., 9:] = torch.finfo(torch.float32).min, torch.finfo(torch.float32).min
 
-    def attend(q, k, v, m):
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=m)
-
     for rows, columns in ((1, 1), (1, 5), (30, 5)):
-        bias = torch.rand(2, rows, columns, generator=g)
-        for share in (None, torch.zeros(2, 30)):
-            result = cross_attention_masked(q, k, v, kn, vn, alpha, bias, attend, share, mask)
+        beta = torch.rand(2, rows, columns, generator=g)
+        for mass in (None, torch.zeros(2, 30)):
+            result = cross_attention_masked(q, k, v, kn, vn, alpha, beta, black_box, mask, mass)
             for i, kept in enumerate((7, 9)):
                 one = slice(i, i + 1)
-                left = (k[one, :, :kept], v[one, :, :kept], kn[one], vn[one], alpha[one], bias[one])
+                left = (k[one, :, :kept], v[one, :, :kept], kn[one], vn[one], alpha[one], beta[one])
                 assert relative(result[one], cross_attention_reference(q[one], *left)) < 1e-5
 
 
@@ -215,47 +229,57 @@ def test_appendix_b_identity():
     z_pos = a_pos / a_pos.sum(-1, keepdim=True) @ v
     z_neg = a_neg / a_neg.sum(-1, keepdim=True) @ vn
     by_hand = w * z_pos - 3.3 * (1 - w) * z_neg
-    alpha, bias = torch.full((1, 1, 1), 3.3, dtype=torch.float64), torch.zeros(1, 1, 1, dtype=torch.float64)
-    assert relative(cross_attention_reference(q, k, v, kn, vn, alpha, bias), by_hand) < 1e-12
+    alpha, beta = torch.full((1, 1, 1), 3.3, dtype=torch.float64), torch.zeros(1, 1, 1, dtype=torch.float64)
+    assert relative(cross_attention_reference(q, k, v, kn, vn, alpha, beta), by_hand) < 1e-12
 
 
-def test_rows_are_chunked(monkeypatch):
-    """Many small chunks give the result of one, for a bias per image token too."""
-    layout = TokenLayout(101, 11, 7)
+@BEFORE
+def test_rows_are_chunked(monkeypatch, before):
+    """Many small chunks give the result of one, for a beta per image token too."""
+    layout = placed(101, 11, 7, before)
     q, k, v = make(layout, batch=2, spread=6.0)
-    bias = torch.rand(1, 101, 7)
+    beta = torch.rand(1, 101, 7)
     for path in ("merge", "masked"):
-        whole = run_joint(path, q, k, v, layout, torch.ones(1, 1, 1), bias)
+        whole = run_joint(path, q, k, v, layout, torch.ones(1, 1, 1), beta)
         with monkeypatch.context() as m:
             m.setattr("vsf_core.attention.SLIVER_BYTES", {"cpu": 2 * 2 * 64 * 4 * 10})
-            assert relative(run_joint(path, q, k, v, layout, torch.ones(1, 1, 1), bias), whole) < 1e-6
+            assert relative(run_joint(path, q, k, v, layout, torch.ones(1, 1, 1), beta), whole) < 1e-6
 
 
-def test_black_box_respects_a_mask_of_every_pair():
-    """The caller's own mask [B, 1, L, L] adds to VSF's."""
-    layout = TokenLayout(50, 11, 7)
+@BEFORE
+@pytest.mark.parametrize("columns", [1, 7])
+@pytest.mark.parametrize("rows", [1, 68])
+def test_black_box_respects_a_mask_of_the_callers_own(before, columns, rows):
+    """The caller's own mask, [B, 1, 1, L] or [B, 1, L, L], adds to VSF's and to that of padding."""
+    layout = placed(50, 11, 7, before)
     q, k, v = make(layout, batch=2, spread=6.0)
-    mask = torch.randn(2, 1, layout.length, layout.length, generator=torch.Generator().manual_seed(3))
-    mask[:, :, layout.span("N")] = 0.0
-    mask[..., layout.span("N")] = 0.0
-    alpha, bias = torch.full((1, 1, 1), 3.3), torch.full((1, 1, 1), 0.2)
-    result = joint_attention_masked(q, k, v, layout, alpha, bias, black_box, mask=mask)
-    dense = joint_mask(layout, bias) + F.pad(mask, (0, 7))
-    keys = torch.cat((k, k[:, :, layout.span("N")]), 2)
-    values = torch.cat((v, -3.3 * v[:, :, layout.span("N")]), 2)
+    g = torch.Generator().manual_seed(3)
+    mask, n = torch.randn(2, 1, rows, layout.length, generator=g), layout.span("N")
+    alpha, beta = torch.full((1, 1, 1), 3.3), torch.rand(2, 1, columns, generator=g)
+    padding = torch.tensor([[False] * 5 + [True] * 2, [False] * 7])
+    mass, plain_mass = torch.zeros(2, 50), torch.zeros(2, 50)
+    result = joint_attention_masked(q, k, v, layout, alpha, beta, black_box, padding, mask, mass)
+    dense = joint_mask(layout, beta, padding) + torch.cat((mask, mask[..., n]), -1)
+    keys, values = torch.cat((k, k[:, :, n]), 2), torch.cat((v, -3.3 * v[:, :, n]), 2)
     assert relative(result, F.scaled_dot_product_attention(q, keys, values, attn_mask=dense)) < 1e-5
+    weights = (q @ keys.mT / 8 + dense).softmax(-1)
+    assert relative(mass, weights[:, :, layout.span("I"), layout.length :].sum(-1).mean(1)) < 1e-5
+    joint_attention_masked(q, k, v, layout, alpha, beta, black_box, padding, None, plain_mass)
+    assert relative(plain_mass, mass) > 1e-2
 
 
-def test_black_box_respects_a_key_mask():
-    layout = TokenLayout(50, 11, 7)
+@BEFORE
+def test_black_box_respects_a_key_mask(before):
+    layout = placed(50, 11, 7, before)
     q, k, v = make(layout, spread=6.0)
-    keep = [j for j in range(layout.length) if j not in (9, 10)]  # two of P's tokens
+    gone = [rows_of(layout, "P")[at] for at in (0, -1)]
+    keep = [j for j in range(layout.length) if j not in gone]
     key_mask = torch.zeros(1, 1, 1, layout.length)
-    key_mask[..., [9, 10]] = -math.inf
-    alpha, bias = torch.full((1, 1, 1), 3.3), torch.full((1, 1, 1), 0.2)
-    masked = joint_attention_masked(q, k, v, layout, alpha, bias, black_box, mask=key_mask)
-    short = TokenLayout(50, 9, 7)
-    expected = joint_attention_reference(q[:, :, keep], k[:, :, keep], v[:, :, keep], short, alpha, bias)
+    key_mask[..., gone] = -math.inf
+    alpha, beta = torch.full((1, 1, 1), 3.3), torch.full((1, 1, 1), 0.2)
+    masked = joint_attention_masked(q, k, v, layout, alpha, beta, black_box, mask=key_mask)
+    short = TokenLayout(50, 9, 7, sum(at not in gone for at in range(layout.before)))
+    expected = joint_attention_reference(q[:, :, keep], k[:, :, keep], v[:, :, keep], short, alpha, beta)
     assert relative(masked[:, :, keep], expected) < 1e-5
     hidden = joint_attention_masked(q, k, v, layout, alpha, None, black_box, mask=key_mask)
     plain = oracle(q[:, :, keep], k[:, :, keep], v[:, :, keep], short, alpha, None)
@@ -269,22 +293,22 @@ def test_black_box_respects_a_key_mask():
     positive=st.integers(0, 20),
     negative=st.integers(1, 12),
     batch=st.integers(1, 3),
-    order=st.permutations("IPN"),
+    before=st.floats(0, 1),
     dim=st.sampled_from([8, 24, 64, 100]),
 )
-def test_random_layouts(data, image, positive, negative, batch, order, dim):
-    layout = TokenLayout(image, positive, negative, "".join(order))
+def test_random_layouts(data, image, positive, negative, batch, before, dim):
+    layout = placed(image, positive, negative, before)
     q, k, v = make(layout, batch=batch, dim=dim, spread=data.draw(st.floats(0, 50)), seed=data.draw(st.integers(0, 99)))
     one = st.booleans()
     shape = (batch, image if data.draw(one) else 1, negative if data.draw(one) else 1)
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-    bias = torch.randn(shape, generator=g) * 5
-    bias[torch.rand(shape, generator=g) < 0.2] = math.inf
+    beta = torch.randn(shape, generator=g) * 5
+    beta[torch.rand(shape, generator=g) < 0.2] = math.inf
     alpha = torch.randn(batch, negative, 1, generator=g) * 5
     padding = torch.rand(batch, negative, generator=g) < 0.3 if data.draw(one) else None
-    expected = oracle(q, k, v, layout, alpha, bias, padding)
+    expected = oracle(q, k, v, layout, alpha, beta, padding)
     for path in ("merge", "masked"):
-        result = run_joint(path, q, k, v, layout, alpha, bias, padding)
+        result = run_joint(path, q, k, v, layout, alpha, beta, padding)
         if padding is not None:  # rows of padding are nobody's business
             n = layout.span("N")
             result[:, :, n] = result[:, :, n].masked_fill(padding[:, None, :, None], 0)
@@ -292,18 +316,39 @@ def test_random_layouts(data, image, positive, negative, batch, order, dim):
         assert relative(result, expected) < 1e-5
 
 
-def test_layout_refuses_nonsense():
-    with pytest.raises(ValueError, match="permutation of 'IPN'"):
-        TokenLayout(1, 1, 1, "IPP")
-    with pytest.raises(ValueError, match="at least one image token"):
-        TokenLayout(0, 1, 1)
+@pytest.mark.parametrize("sizes", [(0, 1, 1), (1, -1, 1), (1, 1, -1), (1, 1, 1, -1), (1, 3, 1, 4)])
+def test_layout_refuses_nonsense(sizes):
+    with pytest.raises(ValueError, match="at least one image token, no negative lengths and before <= positive"):
+        TokenLayout(*sizes)
+
+
+@settings(deadline=None)
+@given(image=st.integers(1, 5), positive=st.integers(0, 5), negative=st.integers(0, 5), before=st.floats(0, 1))
+def test_layout(image, positive, negative, before):
+    """By the letter: what is taken are the tokens of the groups, in order, of views where that is one piece."""
+    layout = placed(image, positive, negative, before)
+    x = torch.arange(layout.length)[None, None, :, None]
+    for groups in ("I", "P", "N", "PI", "NI", "PNI"):
+        taken, rows = layout.take(groups, x), rows_of(layout, groups)
+        assert taken.flatten().tolist() == rows
+        spans = layout.spans(groups)
+        assert [at for s in spans for at in range(s.start, s.stop)] == rows and all(s.stop > s.start for s in spans)
+        one_piece = not rows or rows[-1] - rows[0] == len(rows) - 1
+        assert len(spans) <= 1 if one_piece else len(spans) == 2
+        assert not one_piece or taken.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+        assert torch.equal(layout.take(groups, x.mT, dim=3), taken.mT)
+    assert torch.equal(layout.without_negative(x), layout.take("PI", x))
+    assert [*range(layout.length)][layout.span("N")] == rows_of(layout, "N")
+    if len(layout.spans("P")) == 2:
+        with pytest.raises(ValueError, match="on both sides of the negative"):
+            layout.span("P")
 
 
 def test_probe_refuses_a_wrong_log_sum_exp(monkeypatch):
     from vsf_core import backends
 
-    def base_two(q, k, v, scale):
-        z, lse = backends.cpu_flash(q, k, v, scale)
+    def base_two(q, k, v, softmax_scale):
+        z, lse = backends.cpu_flash(q, k, v, softmax_scale)
         return z, lse / math.log(2)
 
     monkeypatch.setitem(backends.CANDIDATES, "cpu", (base_two,))

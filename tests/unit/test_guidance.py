@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, TOLERANCE, black_box, make, relative
+from cases import BEFORE, DTYPES, TOLERANCE, black_box, make, placed, relative, rows_of
 
 from vsf_core import (
     NAG,
@@ -41,7 +41,7 @@ def dense(q, k, v, hidden=None):
 
 
 def oracle(q, k, v, layout, guide, phi, presence=1.0, padding=None):
-    i, p, n = (layout.span(group) for group in "IPN")
+    i, p, n = (rows_of(layout, group) for group in "IPN")
     padding = torch.zeros(q.shape[0], layout.negative, dtype=torch.bool) if padding is None else padding
 
     def over(rows, text, hidden=None):
@@ -68,13 +68,13 @@ def run(path, q, k, v, layout, guide, phi, presence=None, padding=None):
 @PATHS
 @GUIDED
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("order", ["NPI", "IPN", "PNI"])
+@BEFORE
 @pytest.mark.parametrize(
     ("image", "positive", "negative", "batch", "heads", "dim"),
     [(63, 17, 1, 1, 2, 64), (49, 0, 5, 2, 3, 80), (1, 1, 1, 4, 2, 64), (257, 3, 40, 3, 2, 128)],
 )
-def test_shapes(path, guide, dtype, order, image, positive, negative, batch, heads, dim):
-    layout = TokenLayout(image, positive, negative, order)
+def test_shapes(path, guide, dtype, before, image, positive, negative, batch, heads, dim):
+    layout = placed(image, positive, negative, before)
     q, k, v = make(layout, batch=batch, heads=heads, dim=dim, dtype=DTYPES[dtype], spread=4.0)
     expected = oracle(q, k, v, layout, guide, 0.7)
     assert relative(run(path, q, k, v, layout, guide, torch.full((1, 1, 1), 0.7)), expected) < TOLERANCE[dtype]
@@ -93,8 +93,9 @@ def test_extremes(path, guide, phi, spread):
 
 @PATHS
 @GUIDED
-def test_padding_and_entries_without_a_negative(path, guide):
-    layout = TokenLayout(50, 11, 7)
+@BEFORE
+def test_padding_and_entries_without_a_negative(path, guide, before):
+    layout = placed(50, 11, 7, before)
     q, k, v = make(layout, batch=3, spread=6.0)
     padding = torch.tensor([[False] * 7, [False] * 4 + [True] * 3, [True] * 7])
     phi, presence = torch.tensor([0.5, 0.9, 0.0]).view(3, 1, 1), torch.tensor([1.0, 1.0, 0.0]).view(3, 1, 1)
@@ -102,7 +103,7 @@ def test_padding_and_entries_without_a_negative(path, guide):
     expected = oracle(q, k, v, layout, guide, phi[:, None], presence[:, None], padding)
     assert torch.isfinite(result).all()
     assert relative(result, expected) < 1e-5
-    main = slice(7, layout.length)
+    main = rows_of(layout, "PI")
     plain = F.scaled_dot_product_attention(q[2:, :, main], k[2:, :, main], v[2:, :, main])
     assert relative(result[2:, :, main], plain) < 1e-6
 
@@ -119,19 +120,27 @@ def test_presence_is_a_share_for_each_image_token(path):
     assert torch.equal(result[:, :, 18:28], without[:, :, 18:28])
 
 
+@BEFORE
 @pytest.mark.parametrize("rows", [1, 68])
-def test_a_mask_of_the_callers_own(rows):
-    layout = TokenLayout(50, 11, 7)
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_mask_of_the_callers_own(before, rows, padded):
+    layout = placed(50, 11, 7, before)
     q, k, v = make(layout, batch=2, spread=6.0)
     mask = torch.randn(1, 1, rows, 68, generator=torch.Generator().manual_seed(1))
+    padding = torch.tensor([[False] * 5 + [True] * 2]) if padded else None
     given = q, k, v, layout, GUIDES["nasa"], torch.full((1, 1, 1), 0.4), torch.ones(1, 1, 1), black_box
-    result = joint_attention_guided_masked(*given, mask=mask)[:, :, 18:]
-    at = mask[:, :, 18:] if rows > 1 else mask
-    z_pos, z_neg = (
-        black_box(q[:, :, 18:], k[:, :, columns], v[:, :, columns], at[..., columns])
-        for columns in (torch.arange(7, 68), torch.cat([torch.arange(7), torch.arange(18, 68)]))
-    )
-    assert relative(result, z_pos - 0.4 * z_neg) < 1e-5
+    result = joint_attention_guided_masked(*given, padding, mask)
+    seen = [at for at in rows_of(layout, "N")][: 5 if padded else 7]
+    image = rows_of(layout, "I")
+
+    def over(group, columns):
+        at = mask[:, :, group] if rows > 1 else mask
+        return black_box(q[:, :, group], k[:, :, columns], v[:, :, columns], at[..., columns])
+
+    z_pos, z_neg = over(image, rows_of(layout, "PI")), over(image, seen + image)
+    assert relative(result[:, :, image], z_pos - 0.4 * z_neg) < 1e-5
+    for text, keys in ((rows_of(layout, "P"), rows_of(layout, "PI")), (seen, seen + image)):
+        assert relative(result[:, :, text], over(text, keys)) < 1e-5
 
 
 def naive(q, k, v, mask):

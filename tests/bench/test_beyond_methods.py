@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from beyond_methods import CANDIDATES, parts_of, vsf
 
 from vsf_core import TokenLayout, joint_attention_reference
-from vsf_core.beyond import CANDIDATES, parts_of, vsf
 
 OWN = {
     "norm_limit": {"tau": 1.0},

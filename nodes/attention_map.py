@@ -99,9 +99,9 @@ class VSFAttentionMap(io.ComfyNode):
             )
         if map.is_mixed:
             raise ValueError(
-                "VSF: several runs of this queue were recorded by one VSF Record, and nothing tells which one made this "
-                "picture. Use one VSF Record for each sampler, and none before a node that samples several times (a "
-                "tiled upscaler)."
+                "VSF: several runs of this queue were recorded by one VSF Record, and nothing tells which of them made "
+                "this picture. Use one VSF Record for each sampler, and none before a node that samples several times "
+                "(a tiled upscaler)."
             )
         shown = list(range(record.steps)) if steps == "each" else [None]
         maps = torch.cat([_per_picture(record.mean(layers, step), image) for step in shown])

@@ -153,7 +153,8 @@ class BlockContext:
         if tokens != mass.shape[1]:
             raise RuntimeError(
                 f"VSF: VSF Record expects {mass.shape[1]} image tokens (the picture's and its references'), "
-                f"but this model attends from {tokens}: another node adds or drops some. Remove that node or VSF Record."
+                f"but this model attends from {tokens}: another node adds or drops some. Remove that node, or VSF "
+                "Record."
             )
         count.add_(1)
         return mass

@@ -5,7 +5,6 @@ picture's own; ComfyUI's context windows show a part of it, along any dimension.
 scales of one picture each, VSF Record and VSF Attention Map all read the same answer here.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +74,7 @@ class LatentMap:
 
     def view(self, x: Tensor, model_options: Mapping[str, Any]) -> View:
         """What the latent ``x`` of a prediction shows of the run's. Raises ``RuntimeError`` if nothing tells."""
-        shown = [range(size) for size in self.shape]
+        shown: list[Sequence[int]] = [range(size) for size in self.shape]
         window = self._window(model_options)
         if window is not None:
             shown[window[0]] = window[1]
@@ -84,8 +83,8 @@ class LatentMap:
         lengths = [len(indices) for indices in shown]
         if [*x.shape[:1], *x.shape[2:]] != [*lengths[:1], *lengths[2:]]:
             raise RuntimeError(
-                f"VSF: this run shows a part {tuple(x.shape)} of its latent {self.shape} at a time without saying which. "
-                "VSF works with ComfyUI's own context windows; please report which node made these."
+                f"VSF: this run shows a part {tuple(x.shape)} of its latent {self.shape} at a time without saying "
+                "which. VSF works with ComfyUI's own context windows; please report which node made these."
             )
         frames = shown[2] if len(shown) == 5 else range(1)
         size = self.shape[-2:] if window is not None else x.shape[-2:]

@@ -21,8 +21,8 @@ PREFIX = "vsf_"
 class NegativeBatch:
     """What a forward pass gets of the negatives; b: 1 or more, n: tokens, m: masks, 1 or n.
 
-    Of entries that share a batch all have the same fields and shapes: negatives shorter than the longest are padded with
-    tokens of beta +inf, and an entry without any is all padding.
+    Of entries that share a batch all have the same fields and shapes: negatives shorter than the longest are padded
+    with tokens of beta +inf, and an entry without any is all padding.
     """
 
     tokens: Tensor
@@ -82,7 +82,7 @@ class NegativeBatch:
         return made
 
     def to_conds(self) -> dict[str, comfy.conds.CONDRegular]:
-        """What goes into ``model_conds``; ComfyUI repeats it to the batch, and stacks that of entries it runs as one."""
+        """What goes into ``model_conds``: ComfyUI repeats it to the batch, and stacks that of entries run as one."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         kinds = {"mask": comfy.conds.CONDNoiseShape, "has_padding": comfy.conds.CONDConstant}
         kinds["view"] = comfy.conds.CONDConstant
@@ -94,8 +94,8 @@ class NegativeBatch:
 
     @classmethod
     def taken_from(cls, kwargs: dict) -> "NegativeBatch | None":
-        """Takes what ``to_conds`` made, and all else of ours, out of the arguments of ``apply_model``; None if it is not
-        there."""
+        """Takes what ``to_conds`` made, and all else of ours, out of the arguments of ``apply_model``; None if there is
+        nothing."""
         ours = {key.removeprefix(PREFIX): kwargs.pop(key) for key in list(kwargs) if key.startswith(PREFIX)}
         names = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in ours.items() if name in names}) if "tokens" in ours else None

@@ -3,7 +3,6 @@
 from typing import Any
 
 import comfy.patcher_extension
-import torch
 from comfy_api.latest import io
 from comfy_execution.utils import ExecutionContext, get_executing_context
 from torch import Tensor
@@ -22,8 +21,8 @@ class Holder:
     """What travels as VSF_MAP: the records of the latest queue of the model it was made for, and whose runs these were.
 
     It belongs to the graph: ComfyUI caches it with VSF Record, and VSF Attention Map finds it again in a later queue in
-    which the sampler did not run. A node that works through a list (RebatchLatents) has a run, and a record, for each of
-    its items. For the bound of one in memory see ``AttentionRecord``.
+    which the sampler did not run. A node that works through a list (RebatchLatents) has a run, and a record, for each
+    of its items. For the bound of one in memory see ``AttentionRecord``.
     """
 
     def __init__(self, family: Family) -> None:
@@ -84,7 +83,8 @@ class Holder:
         others = [self.family.other_frames(entry, latent) for entry in entries] or [(0, 0)]
         frames = LatentMap(latent.shape, *map(max, zip(*others, strict=True))).frames
         record, wanted = self.begin(), frozenset(e["uuid"] for e in entries if negatives_of(e))
-        record.begin((latent.shape[0], frames, *latent.shape[-2:]), len(sigmas) - 1, self.family.patch_size)
+        shape = latent.shape[0], frames, latent.shape[-2], latent.shape[-1]
+        record.begin(shape, len(sigmas) - 1, self.family.patch_size)
         options = guider.model_options["transformer_options"]  # this run's own copy
         options[RECORD_KEY] = Recorder(record, wanted, sigmas)
         try:
@@ -130,7 +130,7 @@ class Recorder:
                 try:
                     self.record.add(step, part, counts, at)
                 except ValueError as error:
-                    raise RuntimeError(f"VSF: VSF Record cannot place this step: {error}. Remove VSF Record.") from error
+                    raise RuntimeError(f"VSF: VSF Record cannot place a step: {error}. Remove VSF Record.") from error
 
 
 class VSFRecord(io.ComfyNode):

@@ -97,8 +97,8 @@ class Run:
         latent: Tensor,
         options: Mapping[str, Any],
     ) -> "Run | None":
-        """The run that is about to sample ``latent`` with the conds ``entries``, (branch, entry) each, which from then on
-        know whose negatives are whose; None where there are none. Raises ``ValueError`` for what cannot work.
+        """The run that is about to sample ``latent`` with the conds ``entries``, (branch, entry) each, which from then
+        on know whose negatives are whose; None where there are none. Raises ``ValueError`` for what cannot work.
 
         patcher: the model, which has not put its object patches in place yet; options: its ``transformer_options``."""
         if not _are_used(entries):

@@ -21,8 +21,8 @@ def check_negatives(
 ) -> None:
     """Raises ``ValueError`` for a negative among the conds ``entries`` that this model cannot take.
 
-    ``latent_map``: what will be sampled; ``dtype``: in which the model computes; ``mixes_pooled``: whether the layout mixes
-    the negative's pooled embedding into the positive's.
+    ``latent_map``: what will be sampled; ``dtype``: in which the model computes; ``mixes_pooled``: whether the layout
+    mixes the negative's pooled embedding into the positive's.
     """
     widths = family.negative_widths(diffusion_model)
     for negative in (n for entry in entries for n in negatives_of(entry)):

@@ -36,11 +36,11 @@ def _positions(forward: ForwardContext, diffusion_model: Any, compiled: bool) ->
         seen.append(True)
         if not text.in_one_piece:
             raise RuntimeError(
-                "VSF: a patch of another node has put tokens between the negative and the prompt, and this model counts "
-                "its text through: their positions cannot be told. Remove that node, or VSF Model Patch."
+                "VSF: a patch of another node has put tokens between the negative and the prompt, and this model "
+                "counts its text through: their positions cannot be told. Remove that node, or VSF Model Patch."
             )
-        ids, start = given[0], text.start
-        return torch.cat([ids[:, :start], family.positions(ids[:, start:], *counts, diffusion_model)], dim=1), *given[1:]
+        front, ids = given[0][:, : text.start], given[0][:, text.start :]
+        return torch.cat([front, family.positions(ids, *counts, diffusion_model)], dim=1), *given[1:]
 
     handle = getattr(diffusion_model, name).register_forward_pre_hook(place)
     try:

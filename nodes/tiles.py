@@ -45,15 +45,15 @@ def check_tiles(entries: Sequence[dict], latent_map: LatentMap) -> None:
         if any(part < whole for part, whole in zip(size, use.size, strict=True)):
             raise ValueError(
                 f"VSF: a negative's mask was used for a picture of {_in_words(use.size)} latent pixels, and this node "
-                f"samples one of {_in_words(size)} with it. If that is a part of the picture (a tile, or a detail), the "
-                "mask would be squeezed into each part: give this node a negative without a mask. If it is another "
+                f"samples one of {_in_words(size)} with it. If that is a part of the picture (a tile, or a detail), "
+                "the mask would be squeezed into each part: give this node a negative without a mask. If it is another "
                 "picture, give it a VSF Negative Conditioning of its own."
             )
         if context == use.context and not use.warned:
             use.warned = True
             log.warning(
-                "VSF: this node samples several times with a negative that has a mask. If each is a part of the picture "
-                "(a tile, or a detail), the mask is squeezed into every part: remove the mask there."
+                "VSF: this node samples several times with a negative that has a mask. If each is a part of the "
+                "picture (a tile, or a detail), the mask is squeezed into every part: remove the mask there."
             )
         use.context = context
 

@@ -93,8 +93,8 @@ class VSFPatch:
     def calc_cond_batch(
         self, executor: Any, model: Any, conds: list, x_in: Tensor, timestep: Tensor, model_options: dict
     ) -> Any:
-        """A prediction: the conds of each branch for ``x_in`` at ``timestep`` -> one tensor a branch. In context windows
-        ComfyUI asks once for each."""
+        """A prediction: the conds of each branch for ``x_in`` at ``timestep`` -> one tensor a branch. In context
+        windows ComfyUI asks once for each."""
         run: Run | None = model_options.get("transformer_options", {}).get(RUN_KEY)
         if run is None:
             if any(negatives_of(entry) for branch in conds if branch for entry in branch):

@@ -19,9 +19,9 @@ def layer_of(position: int, blocks: int) -> int:
 class AttentionRecord:
     """The maps of one sampling run: 1 - W, mean over heads and over what ran, at token-grid size.
 
-    Bounded: per step, layer group (``LAYERS``) and picture two fp32 numbers an image token, a sum and a count, on the CPU,
-    however many blocks, heads and negatives there are. 8 steps of 1024 x 1024 in SD3 or Flux are 0.8 MB a picture; 20
-    steps of an 81-frame 480p video in Wan are 16 MB.
+    Bounded: per step, layer group (``LAYERS``) and picture two fp32 numbers an image token, a sum and a count, on the
+    CPU, however many blocks, heads and negatives there are. 8 steps of 1024 x 1024 in SD3 or Flux are 0.8 MB a picture;
+    20 steps of an 81-frame 480p video in Wan are 16 MB.
     """
 
     def __init__(self) -> None:
@@ -53,8 +53,8 @@ class AttentionRecord:
         return sorted(self._sums)
 
     def add(self, step: int, sums: Tensor, counts: Tensor, at: Sequence[Sequence[int]] | None = None) -> None:
-        """One forward pass of a step: ``sums`` [3, B, frames, rows, columns of tokens] of 1 - W over ``counts`` [3] blocks
-        of each layer group.
+        """One forward pass of a step: ``sums`` [3, B, frames, token rows, token columns] of 1 - W, over ``counts`` [3]
+        blocks of each layer group.
 
         ``at``: which pictures, latent frames, latent rows and latent columns of the run the pass showed (a context
         window), None for all. Raises ``ValueError`` where the shapes are not the run's, or a window's tokens lie across

@@ -91,7 +91,7 @@ class Family(ABC):
         return 0
 
     def text_of(self, kind: str, args: Mapping[str, Any]) -> Tensor:
-        """The stream [B, tokens, C] in which N is, from what ComfyUI hands to a block of type ``kind`` and gets back."""
+        """The stream [B, tokens, C] in which N is, from what goes into a block of type ``kind``, or comes out."""
         return args["txt"]
 
     def layout(self, kind: str, args: Mapping[str, Any], negative: int, start: int, added: int) -> TokenLayout:

@@ -32,8 +32,8 @@ class LTXV(CrossFamily):
         return diffusion_model.attention_head_dim
 
     def other_sequence_lengths(self, latent: Tensor, conds: Mapping[str, Any], diffusion_model: Any) -> set[int]:
-        kept = self.kept_tokens(latent, conds)
-        return super().other_sequence_lengths(latent, conds, diffusion_model) | (set() if kept is None else {int(kept.sum())})
+        lengths, kept = super().other_sequence_lengths(latent, conds, diffusion_model), self.kept_tokens(latent, conds)
+        return lengths if kept is None else lengths | {int(kept.sum())}
 
     def other_frames(self, entry: Mapping[str, Any], latent: Tensor) -> tuple[int, int]:
         guides, tokens = entry.get("guide_attention_entries"), entry.get("keyframe_idxs")

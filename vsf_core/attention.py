@@ -82,10 +82,10 @@ def padding_beta(padding: Tensor | None) -> Tensor | None:
 
 
 def _merge_uniform_(
-    z: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, attend: LSEAttention, scale: float | None
+    z: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, attend: LSEAttention, factor: float | None
 ) -> Tensor:
     """Returns the weight on the negative, [B, H, rows, 1]."""
-    z_neg, lse_neg = attend(q, k, v, scale)
+    z_neg, lse_neg = attend(q, k, v, factor)
     margin = lse - lse_neg[..., None] + beta
     negative = torch.sigmoid(-margin)
     z.mul_(torch.sigmoid(margin)).addcmul_(z_neg, negative)  # weights stay fp32, one rounding each
@@ -93,12 +93,12 @@ def _merge_uniform_(
 
 
 def _merge_per_token_(
-    z: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, attend: LSEAttention, scale: float | None
+    z: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, attend: LSEAttention, factor: float | None
 ) -> Tensor:
     """Returns the weight on each negative token, [B, H, rows, N]."""
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    scaled = q.float() * (q.shape[-1] ** -0.5 if factor is None else factor)
     # fp32 logits: at +-50 a bf16 logit is off by 0.2
-    logits = torch.matmul(q.float() * factor, k.float().transpose(-1, -2)) - beta
+    logits = torch.matmul(scaled, k.float().transpose(-1, -2)) - beta
     total = torch.logaddexp(lse, torch.logsumexp(logits, dim=-1, keepdim=True))
     negative = torch.exp(logits - total)
     z.mul_(torch.exp(lse - total)).add_(torch.matmul(negative, v.float()))

@@ -118,15 +118,15 @@ def attend_joint(
     image and itself. ``ValueError`` for an ``attention_mass`` that the method has not."""
     _check_mass(method, attention_mass)
     alpha, beta, padding = negative.alpha, negative.beta, negative.padding
-    lse, scale = backend.lse_under(mask), backend.softmax_scale
+    lse = backend.lse_under(mask)
     if beta is None or not isinstance(method, Guidance):
         shared = q, k, v, layout, alpha, beta
         if lse is not None:
-            return joint_attention(*shared, lse, padding, scale, attention_mass)
+            return joint_attention(*shared, lse, padding, backend.softmax_scale, attention_mass)
         return joint_attention_masked(*shared, backend.black_box, padding, mask, attention_mass)
     guided = q, k, v, layout, method, alpha[:, :1], _presence(beta)
     if lse is not None:
-        return joint_attention_guided(*guided, lse, padding, scale)
+        return joint_attention_guided(*guided, lse, padding, backend.softmax_scale)
     return joint_attention_guided_masked(*guided, backend.black_box, padding, mask)
 
 

@@ -67,20 +67,25 @@ def join_(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    padding: Tensor | None,
+    beta: Tensor | None,
     attend: LSEAttention,
     softmax_scale: float | None = None,
 ) -> Tensor:
     """In place: ``z``, ``lse``, attention of ``q`` over other keys, becomes that over those and ``k``: alpha = -1."""
-    beta = lse.new_zeros(1, 1, 1) if padding is None else -padding_mask(padding, lse.dtype)[:, None]
+    beta = lse.new_zeros(1, 1, 1) if beta is None else beta
     return merge_negative_(z, lse, q, k, v, -1.0, beta, attend, softmax_scale)
 
 
+def padding_beta(padding: Tensor | None) -> Tensor | None:
+    """[B or 1, 1, N]: a beta that hides ``padding``, and nothing else."""
+    return None if padding is None else -padding_mask(padding, torch.float32)[:, None]
+
+
 def _merge_uniform_(
-    z: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, attend: LSEAttention, scale: float | None
+    z: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, attend: LSEAttention, factor: float | None
 ) -> Tensor:
     """Returns the weight on the negative, [B, H, rows, 1]."""
-    z_neg, lse_neg = attend(q, k, v, scale)
+    z_neg, lse_neg = attend(q, k, v, factor)
     margin = lse - lse_neg[..., None] + beta
     negative = torch.sigmoid(-margin)
     z.mul_(torch.sigmoid(margin)).addcmul_(z_neg, negative)  # weights stay fp32, one rounding each
@@ -88,12 +93,12 @@ def _merge_uniform_(
 
 
 def _merge_per_token_(
-    z: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, attend: LSEAttention, scale: float | None
+    z: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, attend: LSEAttention, factor: float | None
 ) -> Tensor:
     """Returns the weight on each negative token, [B, H, rows, N]."""
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    scaled = q.float() * (q.shape[-1] ** -0.5 if factor is None else factor)
     # fp32 logits: at +-50 a bf16 logit is off by 0.2
-    logits = torch.matmul(q.float() * factor, k.float().transpose(-1, -2)) - beta
+    logits = torch.matmul(scaled, k.float().transpose(-1, -2)) - beta
     total = torch.logaddexp(lse, torch.logsumexp(logits, dim=-1, keepdim=True))
     negative = torch.exp(logits - total)
     z.mul_(torch.exp(lse - total)).add_(torch.matmul(negative, v.float()))
@@ -129,12 +134,12 @@ def joint_attention(
     z, lse = attend(q, layout.without_negative(k), layout.without_negative(v), softmax_scale)
     if layout.negative == 0:
         return z
+    hidden = padding_beta(padding)
     if beta is not None:
-        beta = beta if padding is None else beta - padding_mask(padding, beta.dtype)[:, None]
-        negative = k[:, :, n], v[:, :, n], alpha, beta
+        negative = k[:, :, n], v[:, :, n], alpha, beta if hidden is None else beta + hidden
         merge_negative_(z[:, :, i], lse[:, :, i], q[:, :, i], *negative, attend, softmax_scale, attention_mass)
     z_n, lse_n = attend(q[:, :, n], k[:, :, i], v[:, :, i], softmax_scale)
-    z[:, :, n] = join_(z_n, lse_n, q[:, :, n], k[:, :, n], v[:, :, n], padding, attend, softmax_scale)
+    z[:, :, n] = join_(z_n, lse_n, q[:, :, n], k[:, :, n], v[:, :, n], hidden, attend, softmax_scale)
     return z
 
 

@@ -1,4 +1,4 @@
-"""Text embeddings of a negative prompt: padding (Appendix C), extrapolation (Appendix G)."""
+"""Text embeddings of a negative prompt (VSF, arXiv 2508.10931): padding (Appendix C), extrapolation (Appendix G)."""
 
 from collections.abc import Sequence
 

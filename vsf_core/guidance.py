@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .attention import add_columns, join_, joint_attention_masked, row_chunks
+from .attention import add_columns, join_, joint_attention_masked, padding_beta, row_chunks
 from .backends import Attention, LSEAttention
 from .layout import TokenLayout, padding_mask, unless_all
 
@@ -36,7 +36,7 @@ def joint_attention_guided(
 ) -> Tensor:
     """Joint attention whose image rows ``steer`` moves: one attention over the image, and slivers over both texts."""
     i, n = layout.span("I"), layout.span("N")
-    negative = k[:, :, n], v[:, :, n], padding
+    negative = k[:, :, n], v[:, :, n], padding_beta(padding)
     positive = layout.take("P", k), layout.take("P", v), None
     z, lse = attend(q, k[:, :, i], v[:, :, i], softmax_scale)
 

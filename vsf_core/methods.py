@@ -5,7 +5,7 @@ way that a backend allows. Nobody else has to know which ways there are:
 method    with a log-sum-exp                             black box alone, or with a mask of the caller's own
 ========= ============================================== ==========================================================
 VSF       one attention over [P, I], a sliver merged in  one attention over all, with masks of one row
-NAG, NASA joint: one attention over I, and slivers       joint: two attentions over all, with masks of one row
+NAG, NASA joint: one attention over I, and slivers       joint: over [P, I], and over all with masks of one row
           cross: as on the right                         cross: two attentions, over P and over N
 ========= ============================================== ==========================================================
 
@@ -19,10 +19,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .attention import cross_attention, cross_attention_masked, joint_attention, joint_attention_masked
+from .attention import cross_attention, cross_attention_masked, joint_attention, joint_attention_masked, padding_beta
 from .backends import AttentionBackend
 from .guidance import cross_attention_guided, joint_attention_guided, joint_attention_guided_masked
-from .layout import TokenLayout, padding_mask
+from .layout import TokenLayout
 
 M = TypeVar("M", bound="Method")
 
@@ -118,15 +118,15 @@ def attend_joint(
     image and itself. ``ValueError`` for an ``attention_mass`` that the method has not."""
     _check_mass(method, attention_mass)
     alpha, beta, padding = negative.alpha, negative.beta, negative.padding
-    lse, scale = backend.lse_under(mask), backend.softmax_scale
+    lse = backend.lse_under(mask)
     if beta is None or not isinstance(method, Guidance):
         shared = q, k, v, layout, alpha, beta
         if lse is not None:
-            return joint_attention(*shared, lse, padding, scale, attention_mass)
+            return joint_attention(*shared, lse, padding, backend.softmax_scale, attention_mass)
         return joint_attention_masked(*shared, backend.black_box, padding, mask, attention_mass)
     guided = q, k, v, layout, method, alpha[:, :1], _presence(beta)
     if lse is not None:
-        return joint_attention_guided(*guided, lse, padding, scale)
+        return joint_attention_guided(*guided, lse, padding, backend.softmax_scale)
     return joint_attention_guided_masked(*guided, backend.black_box, padding, mask)
 
 
@@ -151,8 +151,8 @@ def attend_cross(
     if isinstance(method, Guidance):
         steering = method, alpha[:, :1], _presence(beta)
         return cross_attention_guided(*shared, *steering, backend.black_box, padding, mask)
-    if padding is not None:
-        beta = beta - padding_mask(padding, beta.dtype)[:, None]
+    hidden = padding_beta(padding)
+    beta = beta if hidden is None else beta + hidden
     if lse is not None:
         return cross_attention(*shared, alpha, beta, lse, backend.softmax_scale, attention_mass)
     return cross_attention_masked(*shared, alpha, beta, backend.black_box, mask, attention_mass)

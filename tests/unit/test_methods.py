@@ -101,6 +101,24 @@ def test_cross(method, columns, with_mask, with_lse):
     assert relative(plain, black_box(*given[:3], None)) < 1e-6
 
 
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_guidance_takes_the_lowest_beta_and_the_first_alpha(with_lse):
+    """exp(-beta) of the steering; tokens of the negative that are padding have +inf."""
+    layout, method = placed(50, 11, 7, 0), NAG(0.25, 2.5)
+    q, k, v = make(layout, batch=2, spread=6.0)
+    image, mixed = rows_of(layout, "I"), torch.linspace(0, 2, 50).view(1, 50, 1).repeat(1, 1, 7)
+    mixed[..., 2:] = torch.inf
+    mixed[..., 0] += 1.0
+
+    def made(alpha, beta):
+        negative = NegativeTerms(torch.tensor(alpha).view(1, -1, 1), beta, None)
+        return attend_joint(method, spied(with_lse)[0], q, k, v, layout, negative)[:, :, image]
+
+    full, none = made([3.0], torch.zeros(1, 1, 1)), made([3.0], None)
+    expected = none + torch.exp(-torch.linspace(0, 2, 50))[:, None] * (full - none)
+    assert relative(made([3.0, *[9.0] * 6], mixed), expected) < 1e-5
+
+
 def test_ways_by_name():
     lse = lse_attention(torch.device("cpu"), torch.float32, 64)
     assert way_of(VSF(), AttentionBackend(black_box, lse)) == f"log-sum-exp merge ({lse.__name__})"

@@ -1,6 +1,7 @@
 """Which attention call of a model is over text, and VSF in its place. The door is ``patched_options``."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -167,7 +168,8 @@ def _joint_override(
     """ComfyUI's attention call inside a joint block: VSF where its sequence is the joint one."""
     host = HostAttention(previous, func, *args, **kwargs)
     forward: ForwardContext = host.options[FORWARD_KEY]
-    if host.queries != layout.length or host.keys != layout.length + forward.cached_keys:
+    layout = replace(layout, cached=forward.cached_keys)
+    if host.queries != layout.length or host.keys != layout.keys:
         return host.unchanged()
     return _joint(host, layout, host.options[BLOCK_KEY])
 
@@ -214,6 +216,6 @@ def _total_mask(
             "Set layout to paper on VSF Model Patch, or remove that node."
         )
     start = layout.before if ordinary else layout.before + forward.text.given - forward.tokens
-    hidden = torch.zeros(padding.shape[0], 1, 1, layout.length, device=padding.device, dtype=dtype)
+    hidden = torch.zeros(padding.shape[0], 1, 1, layout.keys, device=padding.device, dtype=dtype)
     hidden[:, 0, 0, start : start + forward.tokens] = padding_mask(padding, dtype)
     return hidden if mask is None else mask + hidden

@@ -138,7 +138,7 @@ def joint_attention(
     if beta is not None:
         negative = k[:, :, n], v[:, :, n], alpha, beta if hidden is None else beta + hidden
         merge_negative_(z[:, :, i], lse[:, :, i], q[:, :, i], *negative, attend, softmax_scale, attention_mass)
-    z_n, lse_n = attend(q[:, :, n], k[:, :, i], v[:, :, i], softmax_scale)
+    z_n, lse_n = attend(q[:, :, n], k[:, :, layout.image_keys], v[:, :, layout.image_keys], softmax_scale)
     z[:, :, n] = join_(z_n, lse_n, q[:, :, n], k[:, :, n], v[:, :, n], hidden, attend, softmax_scale)
     return z
 
@@ -161,7 +161,7 @@ def joint_attention_masked(
     No L x L tensor is made here: a beta that differs between image tokens is applied to a chunk of rows at a time.
     """
     i, n = layout.span("I"), layout.span("N")
-    given = q.new_zeros(1, 1, 1, layout.length) if mask is None else mask.to(q.dtype)
+    given = q.new_zeros(1, 1, 1, layout.keys) if mask is None else mask.to(q.dtype)
     visible = q.new_zeros(1, 1) if padding is None else padding_mask(padding, q.dtype)
     visible = visible[:, None, None]
     keys, values = layout.without_negative(k), layout.without_negative(v)
@@ -180,7 +180,7 @@ def joint_attention_masked(
         flipped = v.clone()
         flipped[:, :, n] *= -alpha[:, None].to(v.dtype)
         varies = beta.shape[1] > 1 or given.shape[2] > 1
-        for chunk in row_chunks(q[:, :, i], layout.length) if varies else [slice(0, layout.image)]:
+        for chunk in row_chunks(q[:, :, i], layout.keys) if varies else [slice(0, layout.image)]:
             image = slice(i.start + chunk.start, i.start + chunk.stop)
             part = beta[:, chunk] if beta.shape[1] > 1 else beta
             seen = add_columns(rows(image), n, visible - part[:, None].to(q.dtype))

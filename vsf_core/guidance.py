@@ -38,7 +38,7 @@ def joint_attention_guided(
     i, n = layout.span("I"), layout.span("N")
     negative = k[:, :, n], v[:, :, n], padding_beta(padding)
     positive = layout.take("P", k), layout.take("P", v), None
-    z, lse = attend(q, k[:, :, i], v[:, :, i], softmax_scale)
+    z, lse = attend(q, k[:, :, layout.image_keys], v[:, :, layout.image_keys], softmax_scale)
 
     def join(rows: slice, text: tuple[Tensor, Tensor, Tensor | None], into: Tensor) -> None:
         """``into``, the rows' attention over the image, becomes that over the image and ``text``."""
@@ -72,7 +72,7 @@ def joint_attention_guided_masked(
     """
     i, n = layout.span("I"), layout.span("N")
     out = joint_attention_masked(q, k, v, layout, alpha, None, attend, padding, mask)
-    given = q.new_zeros(1, 1, 1, layout.length) if mask is None else mask.to(q.dtype)
+    given = q.new_zeros(1, 1, 1, layout.keys) if mask is None else mask.to(q.dtype)
     rows = given[:, :, i] if given.shape[2] > 1 else given
     visible = q.new_zeros(1, 1) if padding is None else padding_mask(padding, q.dtype)
     seen = add_columns(rows, n, visible[:, None, None])

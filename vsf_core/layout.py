@@ -12,18 +12,20 @@ class TokenLayout:
 
     I is the image; N the negative; P everything else, usually the positive text: ``positive`` tokens, on both sides of
     N taken together. With ``before`` 0, P and I lie in one piece, and the model's own attention runs on a view of them;
-    otherwise it needs a copy of keys and values.
+    otherwise it needs a copy of keys and values. ``cached`` keys of I without a query of their own follow all others (a
+    cache of reference images).
 
-    Raises ``ValueError`` for a negative length, for ``before`` > ``positive``, and without image tokens.
+    Raises ``ValueError`` for a negative length, for ``before`` > ``positive``, for ``cached`` < 0, and without image tokens.
     """
 
     image: int
     positive: int
     negative: int
     before: int = 0
+    cached: int = 0
 
     def __post_init__(self) -> None:
-        if self.image < 1 or self.negative < 0 or not 0 <= self.before <= self.positive:
+        if self.image < 1 or self.negative < 0 or self.cached < 0 or not 0 <= self.before <= self.positive:
             raise ValueError(
                 f"need at least one image token, no negative lengths and before <= positive, got image={self.image}, "
                 f"positive={self.positive}, negative={self.negative}, before={self.before}"
@@ -34,12 +36,23 @@ class TokenLayout:
         """Number of tokens in the sequence."""
         return self.image + self.positive + self.negative
 
-    def spans(self, groups: str) -> list[slice]:
-        """The slices of ``groups`` (a text of "I", "P" and "N"), in the sequence's order: what touches is one slice,
-        and none is empty."""
+    @property
+    def keys(self) -> int:
+        """Number of keys."""
+        return self.length + self.cached
+
+    @property
+    def image_keys(self) -> slice:
+        """The keys of I, the cached ones included."""
+        return slice(self.positive + self.negative, self.keys)
+
+    def spans(self, groups: str, keys: bool = False) -> list[slice]:
+        """The slices of ``groups`` (a text of "I", "P" and "N"), in the sequence's order, or in that of its ``keys``:
+        what touches is one slice, and none is empty."""
         n, p, i = self.before, self.before + self.negative, self.positive + self.negative
+        end = self.keys if keys else self.length
         merged: list[slice] = []
-        for group, start, stop in (("P", 0, n), ("N", n, p), ("P", p, i), ("I", i, self.length)):
+        for group, start, stop in (("P", 0, n), ("N", n, p), ("P", p, i), ("I", i, end)):
             if group not in groups or start == stop:
                 continue
             if merged and merged[-1].stop == start:
@@ -56,12 +69,12 @@ class TokenLayout:
         return spans[0]
 
     def take(self, groups: str, x: Tensor, dim: int = 2) -> Tensor:
-        """The tokens of ``groups`` along ``dim`` of ``x``: a view where they lie in one piece, else a copy."""
-        parts = [x.narrow(dim, s.start, s.stop - s.start) for s in self.spans(groups) or [slice(0, 0)]]
+        """The keys of ``groups`` along ``dim`` of ``x``: a view where they lie in one piece, else a copy."""
+        parts = [x.narrow(dim, s.start, s.stop - s.start) for s in self.spans(groups, keys=True) or [slice(0, 0)]]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
     def without_negative(self, x: Tensor) -> Tensor:
-        """``x`` [B, H, L, D] without its negative tokens: a view with ``before`` 0, else a copy."""
+        """Keys or values [B, H, L, D] without the negative's: a view with ``before`` 0, else a copy."""
         return self.take("PI", x)
 
 

@@ -17,15 +17,15 @@ from .layout import TokenLayout, padding_mask
 
 
 def joint_mask(layout: TokenLayout, beta: Tensor, padding: Tensor | None = None) -> Tensor:
-    """The additive mask of Listing 1, [B, 1, L, L + N]; the last N columns are N1.
+    """The additive mask of Listing 1, [B, 1, L, keys + N]; the last N columns are N1.
 
     ``beta``: the offset, [B or 1, I or 1, N or 1], +inf where the image must not see a negative token.
     ``padding``: bool [B or 1, N], True where a negative token is only padding: nobody attends to it.
     """
     n = layout.negative
-    i, n0, n1 = layout.span("I"), layout.span("N"), slice(layout.length, layout.length + n)
+    i, n0, n1 = layout.span("I"), layout.span("N"), slice(layout.keys, layout.keys + n)
     batch = max(beta.shape[0], 1 if padding is None else padding.shape[0])
-    mask = beta.new_zeros(batch, layout.length, layout.length + n)
+    mask = beta.new_zeros(batch, layout.length, layout.keys + n)
     for p in layout.spans("P"):
         mask[:, p, n0] = mask[:, p, n1] = mask[:, n0, p] = -torch.inf
     mask[:, n0, n1] = mask[:, i, n0] = -torch.inf

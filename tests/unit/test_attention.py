@@ -1,6 +1,8 @@
 """Every fast path against the dense oracle: odd shapes, dtypes, batches, extremes."""
 
 import math
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -70,6 +72,24 @@ def test_shapes(path, dtype, before, image, positive, negative, batch, heads, di
     alpha, beta = torch.full((1, 1, 1), 3.3), torch.full((1, 1, 1), 0.2)
     expected = oracle(q, k, v, layout, alpha, beta)
     assert relative(run_joint(path, q, k, v, layout, alpha, beta), expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("path", ["merge", "masked", "definition"])
+@BEFORE
+@pytest.mark.parametrize("padded", [False, True])
+def test_cached_keys(path, before, padded):
+    """Keys of the image without queries (cached references): all that has a query is as if they had some, too."""
+    layout, cached = placed(50, 11, 7, before), 20
+    whole, part = replace(layout, image=70), replace(layout, cached=cached)
+    q, k, v = make(whole, batch=2, spread=6.0)
+    alpha, beta = torch.linspace(-1, 4, 7).view(1, 7, 1), torch.linspace(-1, 4, 490).view(1, 70, 7)
+    padding = torch.tensor([[False] * 5 + [True] * 2]) if padded else None
+    run = joint_attention_reference if path == "definition" else partial(run_joint, path)
+    expected = run(q, k, v, whole, alpha, beta, padding)[:, :, :-cached]
+    result = run(q[:, :, :-cached], k, v, part, alpha, beta[:, :-cached], padding)
+    assert relative(result, expected) < 1e-6
+    blind = run(*(t[:, :, :-cached] for t in (q, k, v)), layout, alpha, beta[:, :-cached], padding)
+    assert relative(result, blind) > 1e-3
 
 
 @PATHS

@@ -1,5 +1,7 @@
 """NAG and NASA in one pass against their formulas, dense and in two."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -78,6 +80,18 @@ def test_shapes(path, guide, dtype, before, image, positive, negative, batch, he
     q, k, v = make(layout, batch=batch, heads=heads, dim=dim, dtype=DTYPES[dtype], spread=4.0)
     expected = oracle(q, k, v, layout, guide, 0.7)
     assert relative(run(path, q, k, v, layout, guide, torch.full((1, 1, 1), 0.7)), expected) < TOLERANCE[dtype]
+
+
+@PATHS
+@GUIDED
+@BEFORE
+def test_cached_keys(path, guide, before):
+    """Keys of the image without queries: see the test of that name in test_attention.py."""
+    layout, cached = placed(50, 11, 7, before), 20
+    q, k, v = make(replace(layout, image=70), batch=2, spread=6.0)
+    phi = torch.full((1, 1, 1), 0.7)
+    expected = run(path, q, k, v, replace(layout, image=70), guide, phi)[:, :, :-cached]
+    assert relative(run(path, q[:, :, :-cached], k, v, replace(layout, cached=cached), guide, phi), expected) < 1e-6
 
 
 @PATHS

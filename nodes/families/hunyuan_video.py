@@ -7,13 +7,21 @@ from typing import Any
 import torch
 
 from ..blocks import Block
+from ..text_encoder import QWEN25_VL, InTemplate, TextEncoder
 from .flux import Flux
 
 
 class HunyuanVideo(Flux):
     title = "HunyuanVideo (text and image to video)"
     model_classes = frozenset(f"comfy.model_base.HunyuanVideo{kind}" for kind in ("", "I2V", "SkyreelsI2V"))
-    encoders = frozenset({"hunyuan_video"})
+    text_encoders = (
+        TextEncoder(
+            "hunyuan_video",
+            "HunyuanVideo (DualCLIPLoader of type hunyuan_video)",
+            "HunyuanVideoClipModel",
+            (InTemplate("LLaMA", ("llama",)),),
+        ),
+    )
     released = None
     refiner = "txt_in"
 
@@ -30,7 +38,15 @@ class HunyuanVideo(Flux):
 class HunyuanVideo15(HunyuanVideo):
     title = "HunyuanVideo 1.5"
     model_classes = frozenset(f"comfy.model_base.HunyuanVideo15{kind}" for kind in ("", "_SR_Distilled"))
-    encoders = frozenset({"hunyuan_video_15"})
+    text_encoders = (
+        TextEncoder(
+            "hunyuan_video_15",
+            "HunyuanVideo 1.5 (DualCLIPLoader of type hunyuan_video_15)",
+            "HunyuanImageTEModel",
+            (QWEN25_VL,),
+            tokenizer_class="HunyuanVideo15Tokenizer",
+        ),
+    )
     compiles = False
     patch_size = 1
 

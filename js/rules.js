@@ -9,7 +9,7 @@ const HIGHEST_CFG = 2;
 /** Types of ComfyUI's text encoder loaders that make the encoder of a supported model. */
 const ENCODERS = new Set(
   ["stable_diffusion", "sdxl", "sd3", "flux", "wan", "ltxv", "cosmos", "chroma", "qwen_image", "lumina2", "flux2"].concat(
-    ["hunyuan_video", "hunyuan_video_15"],
+    ["hunyuan_video", "hunyuan_video_15", "ovis"],
   ),
 );
 /** Loaders of models that VSF refuses: SVD, unCLIP, and those whose attention runs outside ComfyUI. */

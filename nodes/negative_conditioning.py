@@ -1,6 +1,7 @@
 """The node "VSF Negative Conditioning"."""
 
 import logging
+from typing import Any
 
 import torch
 from comfy_api.latest import io, ui
@@ -113,33 +114,39 @@ class VSFNegativeConditioning(io.ComfyNode):
         if has_text:
             if clip is None:
                 raise ValueError("VSF: text needs clip: connect the text encoder that encodes the positive prompt.")
-            encoded = encode_negative(clip, text, extrapolation)
-            if not any(encoded[0].words.values()):  # invisible characters, an embedding that is not there
-                log.warning("VSF: the text has no word that the text encoder knows: the negative is off.")
-                return io.NodeOutput(positive, ui=ui.PreviewText("off: no word in the text"))
-            made = {
-                e.during: Negative(
-                    checks.embedding(e.tokens), **where, encoder=e.encoder, pooled=e.pooled, extra=e.extra
-                )
-                for e in encoded
-            }
-            return io.NodeOutput(_attach(positive, made), ui=ui.PreviewText(_describe(encoded[0])))
+            return _from_text(positive, clip, text, extrapolation, where)
         if negative is not None:
             if extrapolation:
                 raise ValueError(
                     "VSF: extrapolation needs text and clip, since it compares with the empty prompt. Use text instead "
                     "of negative, or set extrapolation to 0."
                 )
-            tokens = _taken_as_it_is(checks.conditioning("negative", negative))
-            options = negative[0][1]
-            made = Negative(tokens, **where, pooled=options.get("pooled_output"), extra=extra_of(options))
-            text = f"{tokens.shape[1]} tokens, as given"
-            return io.NodeOutput(_attach(positive, {None: made}), ui=ui.PreviewText(text))
+            return _as_given(positive, checks.conditioning("negative", negative), where)
         return io.NodeOutput(positive, ui=ui.PreviewText("off: no negative"))
 
 
+def _from_text(positive: list, clip: Any, text: str, extrapolation: float, where: dict) -> io.NodeOutput:
+    encoded = encode_negative(clip, text, extrapolation)
+    if not any(encoded[0].words.values()):  # invisible characters, an embedding that is not there
+        log.warning("VSF: the text has no word that the text encoder knows: the negative is off.")
+        return io.NodeOutput(positive, ui=ui.PreviewText("off: no word in the text"))
+    made = {
+        e.during: Negative(checks.embedding(e.tokens), **where, encoder=e.encoder, pooled=e.pooled, extra=e.extra)
+        for e in encoded
+    }
+    return io.NodeOutput(_attach(positive, made), ui=ui.PreviewText(_describe(encoded[0])))
+
+
+def _as_given(positive: list, negative: list, where: dict) -> io.NodeOutput:
+    tokens, options = _without_padding(negative), negative[0][1]
+    made = Negative(tokens, **where, pooled=options.get("pooled_output"), extra=extra_of(options))
+    shown = f"{tokens.shape[1]} tokens, as given"
+    return io.NodeOutput(_attach(positive, {None: made}), ui=ui.PreviewText(shown))
+
+
 def _attach(positive: list, made: dict[tuple[float, float] | None, Negative]) -> list:
-    """``positive`` with the negative; where hooks schedule its encoder, each entry with that of its part."""
+    """``positive`` with the negative in each of its entries. Where hooks schedule the encoder, ``made`` has a negative
+    for each part of the sampling, and an entry gets that of its own part."""
     out = []
     for cond, options in positive:
         part = scheduled_part(options)
@@ -155,8 +162,8 @@ def _attach(positive: list, made: dict[tuple[float, float] | None, Negative]) ->
     return out
 
 
-def _taken_as_it_is(negative: list) -> torch.Tensor:
-    """The one entry's embedding [b, n, C], its padding trimmed where it says which that is."""
+def _without_padding(negative: list) -> torch.Tensor:
+    """The embedding [b, n, C] of the only entry. Without padding, if an attention mask says which tokens that is."""
     if len(negative) != 1:
         raise ValueError(
             f"VSF: negative has {len(negative)} entries (of a ConditioningCombine, say) where one is needed. Chain one "

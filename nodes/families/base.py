@@ -13,6 +13,7 @@ from torch import Tensor
 from ...vsf_core import TokenLayout
 from ..blocks import Block, Counts
 from ..negative import Negative
+from ..text_encoder import TextEncoder
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Family(ABC):
     """For people: what to load."""
     model_classes: frozenset[str]
     """Exact classes of ``comfy.model_base``."""
-    encoders: frozenset[str]
-    """Names of the text encoders whose negatives fit (``encode.ENCODERS``)."""
+    text_encoders: tuple[TextEncoder, ...]
+    """Those whose negatives fit."""
     patch_size: int = 2
     """Latent pixels per image token, along each side."""
     grid_factors: tuple[int, ...] = (1,)
@@ -55,6 +56,11 @@ class Family(ABC):
     block_hook: str | None = "dit"
     """How a block tells that it runs: "dit", through its entry in ``patches_replace``; "attn2", through an
     ``attn2_patch``; None where ComfyUI offers neither: then each block must show its attention over text."""
+
+    @property
+    def encoders(self) -> frozenset[str]:
+        """Names of its text encoders."""
+        return frozenset(encoder.name for encoder in self.text_encoders)
 
     def check(self, model: Any) -> None:  # noqa: B027 (most families have nothing to refuse)
         """Raise ``ValueError`` for a variant of the family that VSF cannot serve."""

@@ -4,13 +4,14 @@ Radiance models count their text through, the others give all of it position 0."
 from collections.abc import Mapping
 from typing import Any
 
+from ..text_encoder import T5, TextEncoder
 from .flux import Flux
 
 
 class Chroma(Flux):
     title = "Chroma"
     model_classes = frozenset({"comfy.model_base.Chroma"})
-    encoders = frozenset({"chroma"})
+    text_encoders = (TextEncoder("chroma", "Chroma (CLIPLoader of type chroma)", "PixArtT5XXL", (T5,)),)
     released = None
 
     def reference_tokens(self, conds: Mapping[str, Any], diffusion_model: Any) -> tuple[int, int]:

@@ -12,13 +12,14 @@ import torch
 
 from ..blocks import Block
 from ..negative import Negative
+from ..text_encoder import T5, CutAfterEnd, TextEncoder
 from .base import CrossFamily
 
 
 class Cosmos(CrossFamily):
     title = "Cosmos Predict2 (text and image to video)"
     model_classes = frozenset({"comfy.model_base.CosmosPredict2"})
-    encoders = frozenset({"cosmos"})
+    text_encoders = (TextEncoder("cosmos", "Cosmos Predict2 (CLIPLoader of type cosmos)", "CosmosT5XXL", (T5,)),)
     block_hook = None
 
     def block_counts(self, diffusion_model: Any) -> Mapping[str, int]:
@@ -37,7 +38,11 @@ class Cosmos(CrossFamily):
 class Anima(Cosmos):
     title = "Anima"
     model_classes = frozenset({"comfy.model_base.Anima"})
-    encoders = frozenset({"anima"})
+    text_encoders = (
+        TextEncoder(
+            "anima", "Anima (CLIPLoader with its Qwen3 0.6B)", "AnimaTEModel", (CutAfterEnd("Qwen3", ("qwen3_06b",)),)
+        ),
+    )
 
     def embedded(self, negative: Negative, model: Any, device: torch.device) -> Negative:
         ids, weights = (negative.extra.get(key) for key in ("t5xxl_ids", "t5xxl_weights"))

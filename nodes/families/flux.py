@@ -8,13 +8,19 @@ from typing import Any
 from torch import Tensor
 
 from ...vsf_core import TokenLayout
+from ..text_encoder import T5, InTemplate, TextEncoder
 from .base import Family, Released
 
 
 class Flux(Family):
     title = "Flux.1 (Schnell, Dev, Krea, Kontext, Fill)"
     model_classes = frozenset({"comfy.model_base.Flux"})
-    encoders = frozenset({"flux"})
+    text_encoders = (
+        TextEncoder("flux", "Flux.1 (DualCLIPLoader of type flux)", "FluxClipModel", (T5,)),
+        TextEncoder(
+            "ovis", "Ovis-Image (CLIPLoader of type ovis)", "OvisTEModel", (InTemplate("Qwen3", ("qwen3_2b",)),)
+        ),
+    )
     released = Released(copy=False, kinds=frozenset({"double"}), pooled=1.1)
 
     def block_counts(self, diffusion_model: Any) -> Mapping[str, int]:

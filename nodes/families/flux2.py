@@ -6,13 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..text_encoder import InTemplate, TextEncoder
 from .flux import Flux
 
 
 class Flux2(Flux):
     title = "Flux.2 (Dev, Klein)"
     model_classes = frozenset({"comfy.model_base.Flux2"})
-    encoders = frozenset({"flux2"})
+    text_encoders = (
+        TextEncoder(
+            "flux2",
+            "Flux.2 (CLIPLoader of type flux2)",
+            "Flux2TEModel",
+            (InTemplate("Mistral or Qwen3", ("mistral3_24b", "qwen3_4b", "qwen3_8b")),),
+        ),
+    )
     patch_size = 1
     released = None
 

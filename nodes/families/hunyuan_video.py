@@ -4,13 +4,21 @@ their mean, so N goes there by itself; in 1.5, text of other encoders then stand
 from collections.abc import Mapping
 from typing import Any
 
+from ..text_encoder import QWEN25_VL, InTemplate, TextEncoder
 from .flux import Flux
 
 
 class HunyuanVideo(Flux):
     title = "HunyuanVideo (text and image to video)"
     model_classes = frozenset(f"comfy.model_base.HunyuanVideo{kind}" for kind in ("", "I2V", "SkyreelsI2V"))
-    encoders = frozenset({"hunyuan_video"})
+    text_encoders = (
+        TextEncoder(
+            "hunyuan_video",
+            "HunyuanVideo (DualCLIPLoader of type hunyuan_video)",
+            "HunyuanVideoClipModel",
+            (InTemplate("LLaMA", ("llama",)),),
+        ),
+    )
     released = None
     token_refiner = "txt_in"
 
@@ -27,7 +35,15 @@ class HunyuanVideo(Flux):
 class HunyuanVideo15(HunyuanVideo):
     title = "HunyuanVideo 1.5"
     model_classes = frozenset(f"comfy.model_base.HunyuanVideo15{kind}" for kind in ("", "_SR_Distilled"))
-    encoders = frozenset({"hunyuan_video_15"})
+    text_encoders = (
+        TextEncoder(
+            "hunyuan_video_15",
+            "HunyuanVideo 1.5 (DualCLIPLoader of type hunyuan_video_15)",
+            "HunyuanImageTEModel",
+            (QWEN25_VL,),
+            tokenizer_class="HunyuanVideo15Tokenizer",
+        ),
+    )
     compiles_whole = False
     patch_size = 1
 

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from ..negative import Negative
+from ..text_encoder import T5, BosPrefix, TextEncoder
 from .base import CrossFamily
 
 
 class LTXV(CrossFamily):
     title = "LTX-Video"
     model_classes = frozenset({"comfy.model_base.LTXV"})
-    encoders = frozenset({"ltxv"})
+    text_encoders = (TextEncoder("ltxv", "LTX-Video (CLIPLoader of type ltxv)", "MochiT5XXL", (T5,)),)
     patch_size = 1
     has_text_mask = True
 
@@ -52,7 +53,9 @@ class LTXV(CrossFamily):
 class LTXAV(LTXV):
     title = "LTX-2"
     model_classes = frozenset({"comfy.model_base.LTXAV"})
-    encoders = frozenset({"ltxav"})
+    text_encoders = (
+        TextEncoder("ltxav", "LTX-2 (LTXAVTextEncoderLoader)", "LTXAVTEModel", (BosPrefix("Gemma", ("gemma3_12b",)),)),
+    )
     compiles_whole = False
 
     def check(self, model: Any) -> None:

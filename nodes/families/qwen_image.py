@@ -4,13 +4,16 @@ counted through, from half the picture's side on; a text with padding comes with
 from collections.abc import Mapping
 from typing import Any
 
+from ..text_encoder import QWEN25_VL, TextEncoder
 from .base import Family
 
 
 class QwenImage(Family):
     title = "Qwen-Image (and Edit, 2509, 2511, Layered)"
     model_classes = frozenset({"comfy.model_base.QwenImage"})
-    encoders = frozenset({"qwen_image"})
+    text_encoders = (
+        TextEncoder("qwen_image", "Qwen-Image (CLIPLoader of type qwen_image)", "QwenImageTEModel", (QWEN25_VL,)),
+    )
 
     def rope_module(self, diffusion_model: Any) -> str:
         return "pe_embedder"

@@ -3,13 +3,21 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ..text_encoder import T5, CutAfterEnd, TextEncoder
 from .base import Family, Released
 
 
 class SD3(Family):
     title = "Stable Diffusion 3 and 3.5 (Large, Large Turbo, Medium)"
     model_classes = frozenset({"comfy.model_base.SD3"})
-    encoders = frozenset({"sd3"})
+    text_encoders = (
+        TextEncoder(
+            "sd3",
+            "Stable Diffusion 3 (CLIPLoader, DualCLIPLoader or TripleCLIPLoader of type sd3)",
+            "SD3ClipModel",
+            (CutAfterEnd("CLIP", ("l", "g")), T5),
+        ),
+    )
     released = Released(copy=True, kinds=frozenset({"double"}))
 
     def check(self, model: Any) -> None:

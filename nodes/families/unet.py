@@ -8,13 +8,27 @@ from typing import Any
 from torch import nn
 
 from ..blocks import Block, Counts
+from ..text_encoder import TextEncoder, WordsOnly
 from .base import CrossFamily
 
 
 class UNet(CrossFamily):
     title = "Stable Diffusion 1.5, 2.1 and SDXL (with Lightning, DMD2, LCM and other LoRAs)"
     model_classes = frozenset({"comfy.model_base.BaseModel", "comfy.model_base.SDXL"})
-    encoders = frozenset({"sd1", "sd2", "sdxl"})
+    text_encoders = (
+        TextEncoder(
+            "sd1", "Stable Diffusion 1.5 (its checkpoint's CLIP)", "SD1ClipModel", (WordsOnly("CLIP", ("l",)),)
+        ),
+        TextEncoder(
+            "sd2", "Stable Diffusion 2.1 (its checkpoint's CLIP)", "SD2ClipModel", (WordsOnly("CLIP", ("h",)),)
+        ),
+        TextEncoder(
+            "sdxl",
+            "SDXL (its checkpoint's CLIP, or DualCLIPLoader of type sdxl)",
+            "SDXLClipModel",
+            (WordsOnly("CLIP", ("l", "g")),),
+        ),
+    )
     patch_size = 1
     grid_factors = (1, 2, 4, 8)
     block_hook = "attn2"

@@ -9,13 +9,16 @@ from comfy.latent_formats import Wan21
 from torch import Tensor
 
 from ..blocks import Block
+from ..text_encoder import TextEncoder, Trimmed
 from .base import CrossFamily
 
 
 class Wan(CrossFamily):
     title = "Wan 2.1 and 2.2 (text and image to video, VACE, Fun, 5B and 14B)"
     model_classes = frozenset(f"comfy.model_base.{name}" for name in ("WAN21", "WAN21_Vace", "WAN21_Camera", "WAN22"))
-    encoders = frozenset({"wan"})
+    text_encoders = (
+        TextEncoder("wan", "Wan (CLIPLoader of type wan)", "WanT5Model", (Trimmed("umT5", ("umt5xxl",)),)),
+    )
 
     def block_counts(self, diffusion_model: Any) -> Mapping[str, int]:
         return {"double": len(diffusion_model.blocks)}

@@ -8,13 +8,18 @@ import torch
 from torch import Tensor
 
 from ..blocks import Block
+from ..text_encoder import InTemplate, TextEncoder
 from .base import Family
 
 
 class ZImage(Family):
     title = "Z-Image (and Turbo)"
     model_classes = frozenset({"comfy.model_base.Lumina2"})
-    encoders = frozenset({"z_image"})
+    text_encoders = (
+        TextEncoder(
+            "z_image", "Z-Image (CLIPLoader of type lumina2)", "ZImageTEModel", (InTemplate("Qwen3", ("qwen3_4b",)),)
+        ),
+    )
     block_hook = None
 
     def check(self, model: Any) -> None:

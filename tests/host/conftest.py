@@ -28,7 +28,7 @@ import nodes  # noqa: E402
 
 @pytest.fixture(scope="session", name="pack")
 def pack_fixture() -> SimpleNamespace:
-    """The pack's two nodes, as ComfyUI registered them."""
+    """The pack's nodes, as ComfyUI registered them."""
     return load_pack()
 
 

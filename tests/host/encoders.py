@@ -154,7 +154,7 @@ def make_language_clip(target, layers=3, tokenizer_data=None, pooled=64, **confi
         "num_key_value_heads": 1,
         **config,
     }
-    names = ("qwen25_7b", "qwen3_4b", "qwen3_8b", "mistral3_24b", "llama")
+    names = ("qwen25_7b", "qwen3_2b", "qwen3_4b", "qwen3_8b", "mistral3_24b", "llama")
     options = {f"{name}_model_config": small for name in names} | {"clip_l_model_config": tiny_config(pooled)}
     clip = comfy.sd.CLIP(target, model_options=options, parameters=1_000_000, tokenizer_data=tokenizer_data or {})
     g = torch.Generator().manual_seed(0)
@@ -176,6 +176,13 @@ def make_z_image_clip():
     import comfy.text_encoders.z_image as z_image
 
     return make_language_clip(ClipTarget(z_image.ZImageTokenizer, z_image.te()))
+
+
+def make_ovis_clip():
+    """Ovis-Image's Qwen3, 64 wide."""
+    import comfy.text_encoders.ovis as ovis
+
+    return make_language_clip(ClipTarget(ovis.OvisTokenizer, ovis.te()))
 
 
 def make_klein_clip():

@@ -14,6 +14,7 @@ from encoders import (
     make_hunyuan_video_15_clip,
     make_hunyuan_video_clip,
     make_klein_clip,
+    make_ovis_clip,
     make_qwen_image_clip,
     make_wan_clip,
     make_z_image_clip,
@@ -230,6 +231,7 @@ TEMPLATES = {
     "flux2 klein": make_klein_clip,
     "hunyuan_video": make_hunyuan_video_clip,
     "hunyuan_video_15": make_hunyuan_video_15_clip,
+    "ovis": make_ovis_clip,
 }
 WORDS = ["roof", "a house with a red roof, wow!!!", "naïve café 屋根 🏠", "(roof:1.3) and (door)", "word " * 120]
 
@@ -246,12 +248,13 @@ def test_template_is_no_part_of_the_negative(pack, clip_of, name, words):
     clip = clip_of(name)
     if name == "hunyuan_video":  # the one in whose template weights count
         words = words.replace("(roof:1.3)", "roof").replace("(door)", "door")
-    if name == "hunyuan_video_15":  # whose empty prompt is a blank: one at the end counts as the template's
+    if name in ("hunyuan_video_15", "ovis"):  # whose empty prompt is a blank: one at the end counts as the template's
         words = words.rstrip()
+    blank = " " if name == "ovis" else ""  # the template's, which is part of the first word's token
     key, tokens = next((k, v) for k, v in clip.tokenize(words).items() if k != "l")
     tokenizer = getattr(clip.tokenizer, key)
     start_token = [tokenizer.start_token] if tokenizer.start_token is not None else []
-    ids, own = [t[0] for t in tokens[0]], tokenizer.tokenizer(words)["input_ids"][len(start_token) :]
+    ids, own = [t[0] for t in tokens[0]], tokenizer.tokenizer(blank + words)["input_ids"][len(start_token) :]
     at = [i for i in range(len(ids)) if ids[i : i + len(own)] == own]
     assert len(at) == 1
     whole = clip.encode_from_tokens(clip.tokenize(words))

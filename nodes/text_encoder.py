@@ -1,0 +1,188 @@
+"""How a family's file declares its text encoders; and the five ways to tell a negative's own tokens from the rest of
+what an encoder makes of it, each a kind of ``Segment``."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from ..vsf_core import content_length
+
+Chunks = list[list[tuple]]
+"""What ComfyUI makes of a text before it is encoded: lists of (token, weight). A token is a number or an embedding."""
+Tokens = dict[str, Chunks]
+
+
+@dataclass(frozen=True)
+class Own:
+    """The positions of an encoder's output: how many there are, how many of them come before the padding, and which
+    are the negative's own."""
+
+    length: int
+    content: int
+    kept: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of an encoder's output. ``keys``: of ComfyUI's token dict; several (CLIP-L, CLIP-G) share the same
+    positions. What is here is so in most encoders."""
+
+    name: str
+    keys: tuple[str, ...]
+
+    exact_class = False
+    """Whether an encoder of a class that derives from the declared one is another."""
+
+    def present(self, clip: Any) -> dict[str, Any]:
+        """Key -> tokenizer, of the encoders that are loaded."""
+        return {
+            key: getattr(clip.tokenizer, key, None) or getattr(clip.tokenizer, f"clip_{key}")
+            for key in self.keys
+            if any(getattr(clip.cond_stage_model, name, None) is not None for name in (key, f"clip_{key}"))
+        }
+
+    def own(self, clip: Any, tokens: Tokens, empty: Tokens) -> Own:
+        """What the output for ``tokens`` will be. ``empty``: the tokens of a text without words."""
+        found = [self.own_of(tokens[key], tokenizer, empty[key]) for key, tokenizer in self.present(clip).items()]
+        length = min(own.length for own in found)  # as SD3 cuts CLIP-L and CLIP-G to the shorter one
+        kept = {position for own in found for position in own.kept if position < length}
+        return Own(length, min(length, max(own.content for own in found)), sorted(kept))
+
+    def sent(self, chunks: Chunks, tokenizer: Any) -> Chunks:
+        """What the encoder is given of a text's ``chunks``."""
+        return chunks
+
+    def own_of(self, chunks: Chunks, tokenizer: Any, empty: Chunks) -> Own:
+        ids = ids_of(chunks)
+        content = _content(ids, tokenizer)
+        return Own(len(ids), content, range(content))
+
+    def returned(self, embedding: Tensor, own: Own, extra: dict) -> tuple[Tensor, Own]:
+        """The ``embedding`` [1, L, C] that came, with ``own`` as it is there: encoders may leave something out, or add
+        something. ``extra``: what else the encoder said of the text."""
+        return embedding, own
+
+    def words(self, chunks: Chunks, tokenizer: Any, empty: Chunks) -> list[str]:
+        """The tokens as text for people, without start, end and padding."""
+        special, words = {tokenizer.start_token, tokenizer.end_token, tokenizer.pad_token}, []
+        for token in ids_of(chunks):
+            if not isinstance(token, int):
+                words.append("[embedding]")
+            elif tokenizer.start_token is None and tokenizer.end_token is None:  # a language model's, of bytes
+                words.append(tokenizer.tokenizer.decode([token]).strip())
+            elif token not in special:
+                words.append(tokenizer.inv_vocab[token].replace("</w>", "").replace("\u2581", ""))
+        return words
+
+
+class CutAfterEnd(Segment):
+    """CLIP and other causal encoders: no embedding depends on what comes later. The text is encoded with its padding,
+    and the embeddings are cut after the end token."""
+
+
+class Trimmed(Segment):
+    """T5 is bidirectional: every embedding depends on the padding, too. So the padding is cut off before the text is
+    encoded."""
+
+    def sent(self, chunks: Chunks, tokenizer: Any) -> Chunks:
+        *full, last = chunks
+        return [*full, last[: _content(ids_of([last]), tokenizer)]]
+
+
+class WordsOnly(Segment):
+    """CLIP where it is all the text there is. Its start token takes the attention that nothing else gets, so to flip it
+    would push away more than the words: start and end tokens are not kept."""
+
+    def own_of(self, chunks: Chunks, tokenizer: Any, empty: Chunks) -> Own:
+        special, kept, before = (tokenizer.start_token, tokenizer.end_token), [], 0
+        for ids in (ids_of([chunk]) for chunk in chunks):
+            content = ids[: content_length(ids, tokenizer.pad_token, tokenizer.end_token)]
+            kept += [before + i for i, t in enumerate(content) if not isinstance(t, int) or t not in special]
+            before += len(ids)
+        return replace(super().own_of(chunks, tokenizer, empty), kept=kept)
+
+
+class InTemplate(Segment):
+    """Language models, around whose prompts ComfyUI puts a fixed template: system text, turns of a chat. The whole is
+    encoded, and only the words' embeddings are kept. The output may lack some of the template's beginning."""
+
+    exact_class = True  # many derive from Qwen-Image's, each with a template of its own
+
+    def own_of(self, chunks: Chunks, tokenizer: Any, empty: Chunks) -> Own:
+        length = len(ids_of(chunks))
+        return Own(length, length, range(length)[self._between(chunks, tokenizer, empty)])
+
+    def returned(self, embedding: Tensor, own: Own, extra: dict) -> tuple[Tensor, Own]:
+        left_out = own.length - embedding.shape[1]
+        if 0 <= left_out <= min(own.kept, default=left_out):
+            own = Own(own.length - left_out, own.content, [position - left_out for position in own.kept])
+        return embedding, own
+
+    def words(self, chunks: Chunks, tokenizer: Any, empty: Chunks) -> list[str]:
+        own = (t for t in ids_of(chunks)[self._between(chunks, tokenizer, empty)] if isinstance(t, int))
+        return [piece for t in own if (piece := tokenizer.tokenizer.decode([t]).strip())]
+
+    def _between(self, chunks: Chunks, tokenizer: Any, empty: Chunks) -> slice:
+        """Where the words are: between the beginning and the end that the template has without words, too."""
+        given, bare = (ids[: content_length(ids, tokenizer.pad_token, -1)] for ids in map(ids_of, (chunks, empty)))
+        start = _same(given, bare)
+        return slice(start, len(given) - _same(given[start:][::-1], bare[start:][::-1]))
+
+
+class BosPrefix(Segment):
+    """LTX-2's Gemma: padded on the left, which the encoder leaves out. The start token (bos) stays in front until the
+    connectors of the model have seen it, and is not kept after that."""
+
+    def own_of(self, chunks: Chunks, tokenizer: Any, empty: Chunks) -> Own:
+        *full, last = chunks
+        padding = _same(ids_of([last]), [tokenizer.pad_token] * len(last))
+        return super().own_of([*full, last[padding:]], tokenizer, empty)
+
+    def returned(self, embedding: Tensor, own: Own, extra: dict) -> tuple[Tensor, Own]:
+        if extra:
+            return embedding, own
+        return embedding[:, : own.length], replace(own, kept=own.kept[1:])  # seen: the model's learned tokens follow
+
+
+T5 = Trimmed("T5", ("t5xxl",))
+QWEN25_VL = InTemplate("Qwen2.5-VL", ("qwen25_7b",))
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A text encoder of ComfyUI: its class and, in order, the segments of its output."""
+
+    name: str
+    title: str
+    model_class: str
+    segments: tuple[Segment, ...]
+    tokenizer_class: str | None = None
+    """Where several models share the class, each with a template of its own."""
+
+    def is_of(self, clip: Any) -> bool:
+        """Whether a ComfyUI CLIP object is this encoder, with at least one of its segments loaded."""
+        classes = type(clip.cond_stage_model).__mro__
+        if self.segments[0].exact_class:
+            classes = [c for c in classes if "<locals>" not in c.__qualname__][:1]  # ComfyUI makes one in a function
+        is_it = self.model_class in {c.__name__ for c in classes}
+        is_it = is_it and self.tokenizer_class in (None, type(clip.tokenizer).__name__)
+        return is_it and any(segment.present(clip) for segment in self.segments)
+
+
+def ids_of(chunks: Chunks) -> list:
+    """The tokens of all chunks, one after the other, without their weights."""
+    return [pair[0] for chunk in chunks for pair in chunk]
+
+
+def _content(ids: list, tokenizer: Any) -> int:
+    """How many of the tokens come before the padding."""
+    end = tokenizer.end_token if tokenizer.end_token is not None else tokenizer.pad_token
+    return content_length(ids, tokenizer.pad_token, end)
+
+
+def _same(a: list, b: list) -> int:
+    """How many of their first tokens two lists share."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if not isinstance(x, int) or x != y), min(len(a), len(b)))

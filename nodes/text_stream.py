@@ -17,8 +17,8 @@ Known = dict[tuple, tuple[int, bool]]
 """Of a run: (stage, N's first token going in, tokens going in, tokens coming out) -> N's first token coming out, and
 whether P still follows N as it did."""
 
-ALIKE = 0.9
-"""Mean cosine from which on rows whose values a patch has changed are still taken for N's."""
+ALIKE, ALIKE_IN_PLACE = 0.9, 0.5
+"""Mean cosine from which on rows whose values a patch has changed are still taken for N's: anywhere, and where N was."""
 
 
 class TextStream:
@@ -93,10 +93,12 @@ class TextStream:
         n = slice(self.start, self.start + self.negative)
         before, after = _occurrences(held[:, n], held), _occurrences(held[:, n], text)
         if not after:
-            start = _most_alike(held, n, text)
+            moved = _occurrences(held[:, n][:, :1], text)  # to the bit, but not with the rest behind it
+            start = None if moved else _most_alike(held, n, text)
             if start is None:
-                raise lost("takes the negative out of the text, or makes something else of it", patches)
-            return start, held.shape == text.shape
+                raise lost("takes the negative out of the text, takes it apart, or makes something else of it", patches)
+            given = slice(self.start, self.start + self.given)
+            return start, _most_alike(held, given, text) == start
         if len(after) != len(before):
             raise lost(f"leaves the negative {len(after)} times in the text, where it was {len(before)} times", patches)
         start = after[before.index(self.start)]
@@ -114,13 +116,13 @@ def _occurrences(rows: Tensor, text: Tensor) -> list[int]:
 def _most_alike(held: Tensor, n: slice, text: Tensor) -> int | None:
     """Where in ``text``, whose values a patch has changed, rows stand that are most like the rows ``n`` of ``held``;
     None if that is not sure."""
-    if text.shape[1] < n.stop - n.start:
+    if text.shape[1] < held[:, n].shape[1]:
         return None
     before, after = (F.normalize((x - x.mean(dim=1, keepdim=True)).float(), dim=-1) for x in (held, text))
     cosines = (before[:, n] @ after.mT).mean(dim=0)
     scores = torch.stack([cosines.diagonal(i).mean() for i in range(cosines.shape[1] - cosines.shape[0] + 1)])
     best = int(scores.argmax())
-    if held.shape == text.shape and best == n.start:  # nothing moved: enough that it is the most alike
+    if held.shape == text.shape and best == n.start and scores[best] > ALIKE_IN_PLACE:
         return best
     second = scores[torch.arange(len(scores), device=scores.device) != best].max() if len(scores) > 1 else -1.0
     return best if scores[best] > ALIKE > second else None

@@ -135,14 +135,19 @@ def flux_attention(doubles):
 
     def make(original, image, positive, n, expect, record, released, user_mask):
         def attention(q, k, v, heads, mask=None, skip_reshape=False, **kwargs):
-            assert skip_reshape and q.shape[2] == positive + n + image
+            cached = k.shape[2] - q.shape[2]  # keys of references whose tokens a patch has taken out
+            seen = image - cached
+            assert skip_reshape and q.shape[2] == positive + n + seen
             record.joint += 1
             block = record.block()
+            if cached:
+                q = torch.cat([q, q[:, :, -cached:]], dim=2)
             q, k, v = (t.transpose(1, 2).flatten(2) for t in (q, k, v))
             if released and block >= doubles:
                 everything = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool)
                 return dense(q, k, v, heads, everything, torch.zeros(1, dtype=torch.float64)).to(q.dtype)
-            return listing_1(q, k, v, heads, image, positive, n, expect, block, user_mask, record)
+            out = listing_1(q, k, v, heads, image, positive, n, expect, block, user_mask, record)
+            return out[:, : out.shape[1] - cached]
 
         return attention
 
@@ -150,14 +155,14 @@ def flux_attention(doubles):
 
 
 @contextlib.contextmanager
-def replaced(module, name, make, embedder=None, at_end=False, **kw):
+def replaced(module, name, make, embedder=None, at_end=False, in_front=0, **kw):
     """While open, the module's own function ``name`` is what ``make`` makes; and a text's N has the positions of a
     prompt of its own in the module ``embedder`` that makes rotations of them: the first, or those ``at_end`` of P's."""
     original = getattr(module, name)
     kw["record"].blocks = 0
     setattr(module, name, make(original, **kw))
     if embedder is not None:
-        embedder.forward = own_positions(embedder.forward, kw["positive"], kw["n"], at_end)
+        embedder.forward = own_positions(embedder.forward, kw["positive"], kw["n"], at_end, in_front)
     try:
         yield
     finally:
@@ -166,8 +171,8 @@ def replaced(module, name, make, embedder=None, at_end=False, **kw):
             del embedder.forward
 
 
-def own_positions(forward, positive, n, at_end):
-    start = max(0, positive - n) if at_end else 0
+def own_positions(forward, positive, n, at_end, in_front):
+    start = max(in_front, positive - n) if at_end else in_front
 
     def run(ids):
         ids = ids.clone()
@@ -205,7 +210,8 @@ def z_image(dit, negative, inside, expect, record):
             record.joint += 1
             keep = torch.zeros(image, n)
             keep[:inside, :real] = 1.0 if expect.keep is None else expect.keep
-            full = dataclasses.replace(expect, keep=keep)
+            alpha = torch.as_tensor(expect.alpha, dtype=torch.float64).expand(real)
+            full = dataclasses.replace(expect, keep=keep, alpha=torch.nn.functional.pad(alpha, (0, n - real)))
             return listing_1(*flat, heads, image, positive, n, full, record.block(), record=record, padding=n - real)
         if refiners.pop(0):
             allowed = torch.zeros(length, length, dtype=torch.bool)
@@ -407,7 +413,7 @@ CROSS = {
 """The oracles of cross-attention models, by an attribute of the model that is theirs alone."""
 
 
-def oracle_model(model, expects, released=False):
+def oracle_model(model, expects, released=False, in_front=0):
     """A clone of ``model`` (stock) on which every entry with an ``Expect`` runs as the oracle says; and its record."""
     record = Record()
     is_flux = hasattr(model.model.diffusion_model, "double_blocks")
@@ -462,13 +468,14 @@ def oracle_model(model, expects, released=False):
                 mask = torch.nn.functional.pad((mask - 1.0) * 1e30, (0, n.shape[1] + image))[:, None]
             elif mask is not None:
                 mask = _insert(_insert(mask, positive, n.shape[1], 1), positive, n.shape[1], 2)
+            positive += in_front  # tokens that a patch puts in front of the text
             kw = {"image": image, "positive": positive, "n": n.shape[1], "expect": expect}
             is_flux2 = hasattr(diffusion_model, "double_stream_modulation_img")
             at_end = is_flux2 and hasattr(diffusion_model.guidance_in, "in_layer")  # Dev
             with (
                 refined,
                 replaced(
-                    *seam(diffusion_model), embedder, at_end, record=record, released=released, user_mask=mask, **kw
+                    *seam(diffusion_model), embedder, at_end, in_front, record=record, released=released, user_mask=mask, **kw
                 ),
             ):
                 pieces.append(apply_model(x, t, **c))

@@ -8,11 +8,11 @@ import comfy.context_windows as windows
 import comfy.patcher_extension
 import pytest
 import torch
-from cases import CASES, assert_close, model_of
+from cases import CASES, latents, model_of
 from comfy_execution.utils import CurrentNodeContext
 from comfy_extras.nodes_lt import LTXVAddGuide
 from comfy_extras.nodes_wan import WanVaceToVideo
-from helpers import latents, text
+from helpers import assert_close, text
 from oracle import oracle_model
 
 HAS_ANCHORS = "causal_window_fix" in windows.IndexListContextHandler.__init__.__code__.co_varnames
@@ -83,7 +83,8 @@ def test_control_videos_of_vace_are_no_references(pack):
         expect = case.expect(model, positive, keep=frames_kept(case, size, [1.0, 0.0, 0.0]))
         attached = pack.negative(positive, negative=case.negative(), to_frame=0.3)
         patched = pack.patch(model, affect_references=False)
-        assert_close(case.run(patched, attached, size=size), case.run(oracle_model(model, [expect])[0], positive, size=size))
+        expected = case.run(oracle_model(model, [expect])[0], positive, size=size)
+        assert_close(case.run(patched, attached, size=size), expected)
 
 
 # -- guides ------------------------------------------------------------------------------------------------------------
@@ -95,21 +96,19 @@ def guided(case, size=(3, 4, 5), at=(0,), downscaled=False):
     latent, mask = torch.zeros(1, 128, *size), torch.ones(1, 1, *size)
     for seed, frame in enumerate(at):
         guide = latents(1, *size[1:], seed=seed, channels=128)
-        guide_mask = None
+        more = {}
         if downscaled:  # as of an IC-LoRA: tokens that are left out
-            guide_mask = torch.where(torch.arange(size[2]) % 2 == 0, 1.0, -1.0).expand(1, 1, 1, *size[1:])
+            more["guide_mask"] = torch.where(torch.arange(size[2]) % 2 == 0, 1.0, -1.0).expand(1, 1, 1, *size[1:])
         positive, negative, latent, mask = LTXVAddGuide.append_keyframe(
-            positive, negative, frame, latent, mask, guide, 1.0, (8, 32, 32), **({"guide_mask": guide_mask} if downscaled else {})
+            positive, negative, frame, latent, mask, guide, 1.0, (8, 32, 32), **more
         )
     return positive, negative, latent, mask
 
 
 def run_guided(case, model, made, positive=None, **kw):
     prompt, negative, latent, mask = made
-    sound = torch.zeros(1, 8, case.sound, 16) if case.sound else None
-    return case.run(
-        model, positive or prompt, negative, size=tuple(latent.shape[2:]), start_from=latent, noise_mask=mask, sound_mask=sound, **kw
-    )
+    made = {"size": tuple(latent.shape[2:]), "start_from": latent, "noise_mask": mask}
+    return case.run(model, positive or prompt, negative, **made, **kw)
 
 
 GUIDES = pytest.mark.parametrize("at", [(0,), (8, -1)], ids=["one", "two"])
@@ -206,7 +205,7 @@ def test_windows_over_the_batch(pack, name, overlap):
     """Each picture keeps its own mask, its own negative and its own scale, whichever window it is in."""
     case, model, n = CASES[name], model_of(name), 6
     masks = torch.linspace(0, 1, n)[:, None, None].expand(n, 32, 32).contiguous()
-    sweep, _, _ = pack.node("VSFScaleSweep").execute(
+    sweep, _, _ = pack.mapping["VSFScaleSweep"].execute(
         pack.patch(model), {"samples": torch.zeros(1, case.channels, *case.sizes[0])}, "0, 1, 2, 3, 4, 5"
     ).result
     own = [[torch.cat([text(5, seed, case.width) for seed in range(n)]), {}]]
@@ -261,7 +260,7 @@ def test_windows_keep_few_negatives_ready(pack):
 
 def test_a_part_that_nobody_announces(pack):
     """A pack that shows some of a video's frames at a time, without ComfyUI's context windows."""
-    case, model = CASES["wan"], pack.patch(model_of("wan"))
+    case = CASES["wan"]
 
     def half(executor, m, conds, x, timestep, options):
         out = executor(m, conds, x[:, :, :2], timestep, options)
@@ -283,8 +282,8 @@ def at_work(node, item=0, prompt="one"):
 def test_a_list_of_pictures_has_a_map_each(pack):
     """RebatchLatents: the sampler runs once for each, and so does the map."""
     case, model = CASES["flux"], model_of("flux")
-    recorded, holder = pack.node("VSFRecord").execute(pack.patch(model)).result
-    show = pack.node("VSFAttentionMap").execute
+    recorded, holder = pack.mapping["VSFRecord"].execute(pack.patch(model)).result
+    show = pack.mapping["VSFAttentionMap"].execute
     attached = pack.negative(case.prompt(), negative=case.negative())
     maps, image = [], torch.rand(1, 32, 48, 3)
     for item in range(3):
@@ -293,7 +292,7 @@ def test_a_list_of_pictures_has_a_map_each(pack):
     for item in range(3):
         with at_work("map", item):
             maps.append(show(holder, image).result[0])
-        alone, own = pack.node("VSFRecord").execute(pack.patch(model)).result
+        alone, own = pack.mapping["VSFRecord"].execute(pack.patch(model)).result
         case.run(alone, attached, seed=item)
         assert torch.equal(maps[item], show(own, image).result[0])
     assert not torch.equal(maps[0], maps[1])
@@ -312,7 +311,8 @@ def test_tiles(pack, caplog):
         case.run(patched, attached, size=(16, 24))
     with at_work("hires sampler"):
         case.run(patched, attached, size=(24, 36))
-    with at_work("upscaler"), pytest.raises(ValueError, match="24 x 16 latent pixels, and this node samples one of 12 x 8"):
+    said = "24 x 16 latent pixels, and this node samples one of 12 x 8"
+    with at_work("upscaler"), pytest.raises(ValueError, match=said):
         case.run(patched, attached, size=(8, 12))
     assert "several times" not in caplog.text
     with at_work("upscaler", prompt="two"):
@@ -337,7 +337,7 @@ def test_the_map_of_a_video_with_a_reference(pack):
     """Frames of the map are the video's own; as many as are left when the reference is trimmed."""
     case, model = CASES["wan vace"], model_of("wan vace")
     positive, size = vace(case)
-    recorded, holder = pack.node("VSFRecord").execute(pack.patch(model, scale=1.9)).result
+    recorded, holder = pack.mapping["VSFRecord"].execute(pack.patch(model)).result
     attached = pack.negative(positive, negative=case.negative())
     case.run(recorded, attached, size=size)
     oracle, record = oracle_model(model, [case.expect(model, positive)])
@@ -355,7 +355,7 @@ def test_the_map_of_windows(pack, name, dim, size):
     case, model = CASES[name], model_of(name)
     batch = 4 if dim == 0 else 1
     length = (batch, None, *size)[dim] // 2
-    recorded, holder = pack.node("VSFRecord").execute(pack.patch(model)).result
+    recorded, holder = pack.mapping["VSFRecord"].execute(pack.patch(model)).result
     attached = pack.negative(case.prompt(), negative=case.negative())
     case.run(windowed(recorded, dim, length, causal_window_fix=False), attached, size=size, batch=batch)
     made = holder.record_here().mean()

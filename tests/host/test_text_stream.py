@@ -2,14 +2,14 @@
 or move those that are there. What VSF cannot follow is an error that names the patch, never a flipped style token."""
 
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import CASES, assert_close, model_of
+from cases import CASES, model_of
+from comfy.model_patcher import ModelPatcher
 from comfy_extras.nodes_flux import FluxKVCache
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
-from helpers import load_flux, only_rounded
+from helpers import assert_close, load_flux, only_rounded
 from oracle import oracle_model
 
 X = 9
@@ -82,7 +82,7 @@ def test_cores_style_reference(pack):
     from comfy_extras.nodes_model_patch import UsoStyleProjectorPatch
 
     case, model = CASES["flux"], model_of("flux")
-    projector = SimpleNamespace(model=lambda image: image)
+    projector = ModelPatcher(torch.nn.Identity(), torch.device("cpu"), torch.device("cpu"))
     image = style(torch.zeros(1, 1, model.model.diffusion_model.hidden_size))
     compared(pack, case, model, lambda m: with_input_patch(m, UsoStyleProjectorPatch(projector, image)))
 
@@ -175,11 +175,14 @@ def in_block(where):
         name, text = stream_of(args)
         whole = args[name].shape[1]
         inner = {**args, name: placed(args[name], style(args[name]), where, text)}
-        pe = args.get("pe")
-        if pe is not None and name != "v_context" and not isinstance(pe, tuple):
-            at = next((d for d, size in enumerate(pe.shape) if size >= whole and size > 1), None)
-            if at is not None and "vec" in args and pe.shape[at] >= text:
-                inner["pe"] = placed(pe, pe.narrow(at, 0, 1).expand_as(pe.narrow(at, 0, X)), where, text, at)
+        joint = whole if name == "img" else whole + args["img"].shape[1] if torch.is_tensor(args["img"]) else 0
+        at = [d for d, size in enumerate(args["pe"].shape) if size == joint] if torch.is_tensor(args.get("pe")) else []
+        if at:  # rotations of a joint sequence
+            first = args["pe"].narrow(at[0], 0, 1).repeat_interleave(X, at[0])
+            inner["pe"] = placed(args["pe"], first, where, text, at[0])
+        mask = args.get("attention_mask")
+        if torch.is_tensor(mask) and mask.shape[-1] == text:
+            inner["attention_mask"] = placed(mask, mask.new_zeros(*mask.shape[:-1], X), where, text, -1)
         out = dict(extra["original_block"](inner))
         if name in out and out[name] is not None:
             at = {"front": 0, "behind": text, "between": min(8, text)}[where]
@@ -273,7 +276,7 @@ def test_skipped_blocks(pack, name, skipped):
 
 # -- patches of attention ----------------------------------------------------------------------------------------------
 
-REFERENCES = ("kontext", "flux.2 klein", "qwen-image edit")
+REFERENCES = ("flux.2 klein", "qwen-image edit")
 
 
 @pytest.mark.parametrize("name", REFERENCES)

@@ -9,7 +9,6 @@ import comfy.utils
 import tiny
 import torch
 from comfy.nested_tensor import NestedTensor
-from oracle import Expect, oracle_model
 
 
 def load_sd3(**kw):
@@ -137,6 +136,21 @@ def relative(a, b):
     return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
 
 
+def assert_close(actual, expected, bound=1e-5):
+    """Fails if max|actual - expected| is more than ``bound`` of max|expected|, and says where it is most and by how
+    much."""
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    apart, largest = (actual - expected).abs().nan_to_num(torch.inf, torch.inf), expected.abs().max().item()
+    if apart.max().item() > bound * largest or largest != largest:
+        at = tuple(int(i) for i in torch.unravel_index(apart.argmax(), apart.shape))
+        share = (apart > bound * largest).double().mean().item()
+        raise AssertionError(
+            f"{apart.max().item() / largest:.2e} of the largest value {largest:.4g}, and {bound:g} is allowed: "
+            f"at {at} {actual[at].item():.9g} instead of {expected[at].item():.9g}; {share:.0%} of {apart.numel()} off"
+        )
+
+
 def is_trial(k, kw):
     """Whether an override is only being asked, at the start of a run, whether it heeds masks."""
     return kw.get("skip_reshape", False) and k.shape[1:3] == (2, 64)
@@ -171,44 +185,6 @@ def only_rounded(result, stock, model, run):
     moves when its attention sums in another order, which differs from CPU to CPU."""
     error = relative(result, stock)
     return error <= 1e-6 or error <= 2 * relative(run(with_override(model, reversed_keys)), stock)
-
-
-FAMILIES = {
-    "sd3": (load_sd3, 64, 2048, (16, 24)),
-    "flux": (load_flux, 64, 768, (16, 24)),
-    "wan": (load_wan, 4096, 1, (3, 8, 10)),
-}
-"""How a tiny model of a family is loaded, how wide its text and its pooled text are, and a latent size."""
-
-
-def prompt(family, length=13, seed=1, **options):
-    """A CONDITIONING of one entry for a model of the family."""
-    _, width, pooled, _ = FAMILIES[family]
-    return conditioning(length, seed, width, pooled, **options)
-
-
-def negative_of(family, n=5, seed=5):
-    """The embedding of a negative for a model of the family."""
-    return text(n, seed, FAMILIES[family][1])
-
-
-def run(family, model, positive, negative=None, **kw):
-    """``sample`` at the family's latent size."""
-    return sample(model, positive, negative, size=FAMILIES[family][3], **kw)
-
-
-def compare(pack, family, apply=lambda m: m, order="theirs first", model=None, **kw):
-    """The final latents of a run with another node's patch ``apply`` and VSF, of the oracle's with that patch, and of
-    the oracle's without it."""
-    model = model or FAMILIES[family][0]()
-    positive, negative = prompt(family), negative_of(family)
-    patched = pack.patch(apply(model)) if order == "theirs first" else apply(pack.patch(model))
-    expects = [Expect(positive[0][0], negative, 3.3, 0.2)]
-    result = run(family, patched, pack.negative(positive, negative=[[negative, {}]]), **kw)
-    expected, without = (
-        run(family, oracle_model(m, expects)[0], positive, **kw) for m in (apply(model.clone()), model)
-    )
-    return result, expected, without
 
 
 def windowed(model):

@@ -205,7 +205,8 @@ def z_image(dit, negative, inside, expect, record):
             record.joint += 1
             keep = torch.zeros(image, n)
             keep[:inside, :real] = 1.0 if expect.keep is None else expect.keep
-            full = dataclasses.replace(expect, keep=keep)
+            alpha = torch.as_tensor(expect.alpha, dtype=torch.float64).expand(real)
+            full = dataclasses.replace(expect, keep=keep, alpha=torch.nn.functional.pad(alpha, (0, n - real)))
             return listing_1(*flat, heads, image, positive, n, full, record.block(), record=record, padding=n - real)
         if refiners.pop(0):
             allowed = torch.zeros(length, length, dtype=torch.bool)

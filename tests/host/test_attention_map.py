@@ -1,37 +1,27 @@
 """The attention map: 1 - W as the oracle's dense softmax has it, and pictures that do not notice the recording."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from helpers import conditioning, load_flux, load_sd3, load_wan, sample, spy_override, text, windowed, with_override
+from cases import CASES as MODELS
+from cases import latents
+from helpers import load_sd3, sample, spy_override, text, windowed, with_override
 from oracle import Expect, oracle_model
 
 LAYERS = ("early", "middle", "late")
-LOADERS = {
-    "sd3": (load_sd3, 64, 2048),
-    "medium": (lambda: load_sd3(self_attn_layers=(0, 1)), 64, 2048),
-    "flux": (load_flux, 64, 768),
-    "wan": (load_wan, 4096, 2048),
-    "vace": (lambda: load_wan("vace"), 4096, 2048),
-    "control": (lambda: load_wan("control"), 4096, 2048),
-}
-BLOCKS = {"flux": 4}
-SIZES = {"wan": (3, 7, 9), "vace": (3, 8, 10), "control": (3, 8, 10)}
+NAMES = ("sd3", "sd3.5 medium", "flux", "wan", "wan vace", "wan control")
 
 
 @pytest.fixture(scope="module")
 def models():
-    return {name: load() for name, (load, _, _) in LOADERS.items()}
+    return {name: MODELS[name].load() for name in NAMES}
 
 
 def prompt(family, seed=1, **options):
-    _, width, pooled = LOADERS[family]
-    return conditioning(13, seed, width, pooled, **options)
+    return MODELS[family].prompt(13, seed, **options)
 
 
 def negative(family, n=5, seed=5):
-    return text(n, seed, LOADERS[family][1])
+    return MODELS[family].negative(n, seed)[0][0]
 
 
 def record(pack, model):
@@ -62,7 +52,7 @@ CASES = {
 
 def check(pack, model, family, positive=None, path="merge", before=0, patch=(), released=False, size=None, **case):
     """The maps of a run of two steps equal the oracle's; and the picture is that of the run without the recording."""
-    size = size or SIZES.get(family, (15, 21))
+    size = size or MODELS[family].sizes[family != "wan control"]
     positive = positive or prompt(family)
     n = negative(family)
     made = {"negative": [[n, {"pooled_output": text(1, 77, 768)[:, 0]}]]}
@@ -91,7 +81,7 @@ def check(pack, model, family, positive=None, path="merge", before=0, patch=(), 
     with_record, kept = record(pack, patched)
     assert torch.equal(sample(with_record, attached, **run), sample(patched, attached, **run))
 
-    blocks, per_step = BLOCKS.get(family, 3), len(seen.shares) // 2
+    blocks, per_step = 4 if family == "flux" else 3, len(seen.shares) // 2
     assert per_step > 0 and kept.acted == [0, 1]
     for step in (0, 1):
         shares = seen.shares[step * per_step : (step + 1) * per_step]
@@ -114,22 +104,18 @@ def test_equals_the_oracle(pack, models, family, case, path):
 
 
 def test_second_attention_of_medium_does_not_count(pack, models):
-    check(pack, models["medium"], "medium")
+    check(pack, models["sd3.5 medium"], "sd3.5 medium")
 
 
 def test_vace_blocks_do_not_count(pack, models):
-    check(pack, models["vace"], "vace", cfg=2.5)
+    check(pack, models["wan vace"], "wan vace", cfg=2.5)
 
 
 @pytest.mark.parametrize("path", ["merge", "row mask"])
 def test_reference_tokens_are_cut_off(pack, models, path):
-    g = torch.Generator().manual_seed(4)
-    after = prompt("flux", reference_latents=[torch.randn(1, 16, 10, 12, generator=g)])
+    after = prompt("flux", reference_latents=[latents(10, 12)])
     check(pack, models["flux"], "flux", after, path, batch=2)
-    seen = SimpleNamespace(penultimate_hidden_states=torch.randn(1, 257, 1280, generator=g))
-    reference = torch.randn(1, 16, 1, 8, 10, generator=g)
-    before = prompt("control", reference_latents=[reference], clip_vision_output=seen)
-    check(pack, models["control"], "control", before, path, before=20, mask=True)
+    check(pack, models["wan control"], "wan control", None, path, before=20, mask=True)
 
 
 def test_users_own_attention_mask(pack, models):

@@ -5,36 +5,28 @@ import subprocess
 import sys
 import types
 
+import cases
 import comfy.ldm.flux.math
 import comfy.ldm.modules.attention as comfy_attention
 import pytest
 import torch
+from cases import CASES
 from comfy.patcher_extension import WrappersMP
-from helpers import conditioning, load_flux, load_sd3, load_wan, relative, sample, text, with_override
-from oracle import Expect, oracle_model
+from helpers import assert_close, with_override
 
 FAMILIES = ("sd3", "flux", "wan")
-RUN = {"sd3": {}, "flux": {}, "wan": {"size": (2, 6, 8)}}
+FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
 
 @pytest.fixture(scope="module")
 def models():
-    return {"sd3": load_sd3(), "flux": load_flux(), "wan": load_wan()}
-
-
-def prompt(family, **options):
-    return conditioning(
-        width=4096 if family == "wan" else 64, pooled_width=768 if family == "flux" else 2048, **options
-    )
+    return {family: CASES[family].load() for family in FAMILIES}
 
 
 def both(pack, models, family, model, **options):
     """(VSF's latent with ``model``, a stock model whose attention may be another; the oracle's)."""
-    positive = prompt(family, **options)
-    negative = text(5, 5, positive[0][0].shape[2])
-    attached = pack.negative(positive, negative=[[negative, {}]])
-    oracle, _ = oracle_model(models[family], [Expect(positive[0][0], negative, 3.3, 0.2)])
-    return sample(pack.patch(model), attached, **RUN[family]), sample(oracle, positive, **RUN[family])
+    positive = CASES[family].prompt(**options)
+    return cases.both(pack, CASES[family], model, positive=positive, stock=models[family])
 
 
 def log_lines(caplog):
@@ -42,7 +34,7 @@ def log_lines(caplog):
 
 
 @pytest.mark.parametrize("name", ["pytorch", "sub_quad", "split", "basic"])
-@pytest.mark.parametrize("family", FAMILIES)
+@FAMILY
 def test_every_attention_of_comfyui(pack, models, family, name, caplog):
     """Set by an override, as nodes that let people choose do."""
     chosen = getattr(comfy_attention, f"attention_{name}")
@@ -53,7 +45,7 @@ def test_every_attention_of_comfyui(pack, models, family, name, caplog):
         return chosen(*args, **kw)
 
     result, expected = both(pack, models, family, with_override(models[family], override))
-    assert relative(result, expected) <= 1e-5
+    assert_close(result, expected)
     assert calls and "row mask (override)" in log_lines(caplog)[-1]
 
 
@@ -70,11 +62,11 @@ def test_attention_that_ignores_masks(pack, models, family, masked, caplog):
 
     mask = {"attention_mask": torch.randn(1, 13 + 96, 13 + 96), "attention_mask_img_shape": (8, 12)} if masked else {}
     result, expected = both(pack, models, family, with_override(models[family], deaf), **mask)
-    assert relative(result, expected) <= 1e-5
+    assert_close(result, expected)
     assert any("deaf) ignores masks" in line for line in log_lines(caplog))
     calls.clear()
-    sample(with_override(pack.patch(models[family]), deaf), prompt(family), **RUN[family])
-    assert len(calls) >= 3 * 3  # without a negative it stays in charge
+    CASES[family].run(with_override(pack.patch(models[family]), deaf), CASES[family].prompt())
+    assert len(calls) >= 3 * 2  # without a negative it stays in charge
 
 
 def test_an_override_made_anew_for_each_call_is_warned_of_once(pack, models, caplog):
@@ -90,7 +82,7 @@ def test_an_override_made_anew_for_each_call_is_warned_of_once(pack, models, cap
     model = models["sd3"].clone()
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "other", renewed)
     result, expected = both(pack, models, "sd3", model)
-    assert relative(result, expected) <= 1e-5
+    assert_close(result, expected)
     assert sum("ignores masks" in line for line in log_lines(caplog)) == 1
 
 
@@ -147,11 +139,11 @@ def test_sage_attention_chosen_at_start(pack, models, monkeypatch, caplog, retur
     backends.lse_attention.cache_clear()
     result, expected = both(pack, models, "flux", models["flux"])
     backends.lse_attention.cache_clear()
-    assert relative(result, expected) <= 1e-5
+    assert_close(result, expected)
     line = next(line for line in log_lines(caplog) if "attention:" in line)
     if returns_lse:
         assert "log-sum-exp merge (sageattention)" in line
-        assert rows.count((5 + 13 + 96, 13 + 96, True)) == 4 * 3  # the big part, once a block and step
+        assert rows.count((5 + 13 + 96, 13 + 96, True)) == 4 * 2  # the big part, once a block and step
         assert not [row for row in rows if min(row[:2]) <= 60 and row[:2] not in ((8, 8), (37, 21))]  # the trial's
     elif hasattr(comfy_attention, "SAGE_ATTENTION_SUPPORTS_MASK"):
         assert "row mask (attention_sage)" in line
@@ -175,7 +167,7 @@ pack = types.SimpleNamespace(
     patch=lambda model, **kw: mapping["VSFModelPatch"].execute(model=model, **kw).result[0],
     negative=lambda p, **kw: mapping["VSFNegativeConditioning"].execute(positive=p, **kw).result[0],
 )
-models = {{"sd3": helpers.load_sd3(), "flux": helpers.load_flux(), "wan": helpers.load_wan()}}
+models = {{family: t.CASES[family].load() for family in t.FAMILIES}}
 for family in t.FAMILIES:
     print("error", helpers.relative(*t.both(pack, models, family, models[family])))
 """

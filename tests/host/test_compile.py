@@ -7,7 +7,7 @@ import pytest
 import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
-from helpers import conditioning, load_flux, load_sd3, load_wan, relative, sample, text
+from helpers import assert_close, conditioning, load_flux, load_sd3, load_wan, relative, sample, text
 
 FAMILIES = {
     "sd3": (load_sd3, 64, 2048, (8, 12), "joint_blocks"),
@@ -132,7 +132,7 @@ def test_the_attention_map_is_right_or_loud(pack, family, part):
     whole = compiled(model, family, part)
     for record in (False, True, False, True) if part == "whole" else (True, True):
         result, kept = run(whole, record)
-        assert relative(result, eager) <= 1e-5
+        assert_close(result, eager)
         if kept is not None:
             torch.testing.assert_close(kept.mean(), expected.mean(), rtol=0, atol=1e-5)
     if part == "blocks":

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import conditioning, load_sd3, relative, sample, spy_override, text, with_override
+from helpers import assert_close, conditioning, load_sd3, sample, spy_override, text, with_override
 from oracle import Expect, oracle_model
 
 import nodes
@@ -24,7 +24,7 @@ def test_chained_negatives_each_with_its_own_strength(pack, model, cfg):
     alpha = torch.tensor([1.5] * 3 + [6.0] * 6)
     reference, _ = oracle_model(model, [Expect(positive[0][0], torch.cat((a, b), 1), alpha, 0.2)])
     result = sample(pack.patch(model, scale=3.0), both, cfg=cfg, batch=2)
-    assert relative(result, sample(reference, positive, cfg=cfg, batch=2)) <= 1e-5
+    assert_close(result, sample(reference, positive, cfg=cfg, batch=2))
 
 
 def test_negative_of_a_batch(pack, model):
@@ -34,7 +34,7 @@ def test_negative_of_a_batch(pack, model):
     result = sample(pack.patch(model), pack.negative(positive, negative=as_cond(torch.cat((a, b)))), **noise)
     for i, one in enumerate((a, b)):
         alone = sample(pack.patch(model), pack.negative(positive, negative=as_cond(one)), **noise)
-        assert relative(result[i], alone[i]) <= 1e-5
+        assert_close(result[i], alone[i])
 
 
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
@@ -50,14 +50,14 @@ def test_mask(pack, model, cfg, size):
     keep = tokens.reshape(-1, 1).expand(-1, 5)
     reference, _ = oracle_model(model, [Expect(positive[0][0], negative, 3.3, 0.2, keep=keep)])
     result = sample(pack.patch(model), attached, cfg=cfg, size=size)
-    assert relative(result, sample(reference, positive, cfg=cfg, size=size)) <= 1e-5
+    assert_close(result, sample(reference, positive, cfg=cfg, size=size))
     everywhere = pack.negative(positive, negative=as_cond(negative), mask=torch.ones(1, 64, 64))
     unmasked = pack.negative(positive, negative=as_cond(negative))
     full = sample(pack.patch(model), everywhere, cfg=cfg, size=size)
-    assert relative(full, sample(pack.patch(model), unmasked, cfg=cfg, size=size)) <= 1e-6
+    assert_close(full, sample(pack.patch(model), unmasked, cfg=cfg, size=size), 1e-6)
     nowhere = pack.negative(positive, negative=as_cond(negative), mask=torch.zeros(1, 64, 64))
     none = sample(pack.patch(model), nowhere, cfg=cfg, size=size)
-    assert relative(none, sample(model, positive, cfg=cfg, size=size)) <= 1e-6
+    assert_close(none, sample(model, positive, cfg=cfg, size=size), 1e-6)
 
 
 def test_two_negatives_with_two_masks(pack, model):
@@ -68,7 +68,7 @@ def test_two_negatives_with_two_masks(pack, model):
     keep = torch.zeros(8, 12, 7)
     keep[:, :6, :3], keep[:, 6:, 3:] = 1.0, 1.0
     reference, _ = oracle_model(model, [Expect(positive[0][0], torch.cat((a, b), 1), 3.3, 0.2, keep=keep.view(-1, 7))])
-    assert relative(sample(pack.patch(model), both), sample(reference, positive)) <= 1e-5
+    assert_close(sample(pack.patch(model), both), sample(reference, positive))
 
 
 @pytest.mark.smoke
@@ -81,11 +81,11 @@ def test_combined_entries_of_different_lengths(pack, model, cfg):
     expects = [Expect(one[0][0], a, 3.3, 0.2), Expect(two[0][0], b, 3.3, 0.2)]
     reference, record = oracle_model(model, expects)
     result = sample(pack.patch(model), combined, cfg=cfg, batch=2)
-    assert relative(result, sample(reference, one + two, cfg=cfg, batch=2)) <= 1e-5
+    assert_close(result, sample(reference, one + two, cfg=cfg, batch=2))
     assert max(record.forwards) == (2 if cfg == 1.0 else 3)  # they really shared a batch
     released = sample(pack.patch(model, layout="released"), combined, cfg=cfg, batch=2)
     reference, _ = oracle_model(model, expects, released=True)
-    assert relative(released, sample(reference, one + two, cfg=cfg, batch=2)) <= 1e-5
+    assert_close(released, sample(reference, one + two, cfg=cfg, batch=2))
 
 
 def test_only_one_of_two_positives_has_a_negative(pack, model):
@@ -93,7 +93,7 @@ def test_only_one_of_two_positives_has_a_negative(pack, model):
     a = text(3, 5)
     reference, _ = oracle_model(model, [Expect(one[0][0], a, 3.3, 0.2)])
     result = sample(pack.patch(model), pack.negative(one, negative=as_cond(a)) + two)
-    assert relative(result, sample(reference, one + two)) <= 1e-5
+    assert_close(result, sample(reference, one + two))
 
 
 def test_negative_is_attached_to_every_positive_entry(pack, model):
@@ -102,7 +102,7 @@ def test_negative_is_attached_to_every_positive_entry(pack, model):
     expects = [Expect(p[0][0], a, 3.3, 0.2) for p in (one, two)]
     reference, _ = oracle_model(model, expects)
     result = sample(pack.patch(model), pack.negative(one + two, negative=as_cond(a)))
-    assert relative(result, sample(reference, one + two)) <= 1e-5
+    assert_close(result, sample(reference, one + two))
 
 
 @pytest.mark.smoke
@@ -122,7 +122,7 @@ def test_area(pack, model, masked):
     attached = base + pack.negative(region, negative=as_cond(negative), mask=pixels if masked else None)
     reference, record = oracle_model(model, [Expect(region[0][0], negative, 3.3, 0.2, keep=keep)])
     result = sample(pack.patch(model), attached, cfg=2.5)
-    assert relative(result, sample(reference, base + region, cfg=2.5)) <= 1e-5
+    assert_close(result, sample(reference, base + region, cfg=2.5))
     assert record.joint
 
 
@@ -135,7 +135,7 @@ def test_conditioning_mask_of_comfyui(pack, model):
     a, b = text(3, 5), text(5, 6)
     reference, _ = oracle_model(model, [Expect(one[0][0], a, 3.3, 0.2), Expect(two[0][0], b, 3.3, 0.2)])
     attached = pack.negative(one, negative=as_cond(a)) + pack.negative(two, negative=as_cond(b))
-    assert relative(sample(pack.patch(model), attached, cfg=2.0), sample(reference, one + two, cfg=2.0)) <= 1e-5
+    assert_close(sample(pack.patch(model), attached, cfg=2.0), sample(reference, one + two, cfg=2.0))
 
 
 def test_timestep_ranges(pack, model):

@@ -19,7 +19,7 @@ from encoders import (
     make_wan_clip,
     make_z_image_clip,
 )
-from helpers import conditioning, load_sd3, relative, sample
+from helpers import assert_close, conditioning, load_sd3, relative, sample
 
 PROMPTS = ["roof", "a house with a red roof, wow!!!", "(roof:1.3) and (door)", "naïve café 屋根 🏠", "word " * 120]
 
@@ -127,7 +127,7 @@ def test_extrapolation_is_eq_10_by_hand(pack, clips):
     empty = clip.encode_from_tokens(clip.tokenize(""))
     null_clip, null_t5 = empty[:, 2:77].mean(1, keepdim=True), empty[:, 78:].mean(1, keepdim=True)
     expected = torch.cat((plain[:, :5] * 9 - 8 * null_clip, plain[:, 5:] * 9 - 8 * null_t5), dim=1)
-    assert relative(moved, expected) < 1e-6
+    assert_close(moved, expected, 1e-6)
     assert torch.equal(attached(pack, clip, "a red roof", extrapolation=8.0).tokens, moved)  # from the cache
 
 
@@ -140,7 +140,7 @@ def test_null_embedding_follows_patches_on_the_encoder(pack):
     after = attached(pack, patched, "roof", extrapolation=8.0).tokens
     empty = patched.encode_from_tokens(patched.tokenize(""))
     null = empty[:, 1:].mean(1, keepdim=True)
-    assert relative(after, attached(pack, patched, "roof").tokens * 9 - 8 * null) < 1e-5
+    assert_close(after, attached(pack, patched, "roof").tokens * 9 - 8 * null)
     assert torch.equal(attached(pack, clip, "roof", extrapolation=8.0).tokens, before)
 
 
@@ -206,7 +206,7 @@ def test_flux_extrapolation_is_eq_10_by_hand(pack, flux_clip, strength):
     plain = attached(pack, flux_clip, "a red roof").tokens
     null = flux_clip.encode_from_tokens(flux_clip.tokenize(""))[:, 1:].mean(1, keepdim=True)
     moved = attached(pack, flux_clip, "a red roof", extrapolation=strength).tokens
-    assert relative(moved, plain + strength * (plain - null)) < 1e-6
+    assert_close(moved, plain + strength * (plain - null), 1e-6)
 
 
 @pytest.mark.smoke
@@ -217,7 +217,7 @@ def test_wan_negative_keeps_exactly_its_own_tokens(pack, wan_clip):
     assert padded.shape[1] == 512 and made.encoder == "wan"
     own = int((padded[0] != 0).any(-1).sum())
     assert made.tokens.shape[1] == own < 20
-    assert relative(made.tokens, padded[:, :own]) < 1e-5
+    assert_close(made.tokens, padded[:, :own])
 
 
 # -- language models: words inside a template

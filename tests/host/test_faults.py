@@ -13,7 +13,17 @@ import psutil
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from helpers import conditioning, is_trial, load_flux, load_sd3, load_wan, relative, sample, text, with_override
+from helpers import (
+    assert_close,
+    conditioning,
+    is_trial,
+    load_flux,
+    load_sd3,
+    load_wan,
+    sample,
+    text,
+    with_override,
+)
 
 STEPS = 3
 SHAPES = {"sd3": ((4, 6), 64, 2048), "flux": ((4, 6), 64, 768), "wan": ((2, 4, 6), 4096, 8)}
@@ -297,9 +307,9 @@ def test_comfyuis_own_retry_inside_attention(sd3, failures, monkeypatch, caplog,
         return einsum(*args)
 
     monkeypatch.setattr(host_attention, "einsum", short_of_memory)
-    assert relative(sd3.run(sd3.patched), expected) <= 1e-5
+    assert_close(sd3.run(sd3.patched), expected)
     assert caplog.text.count("out of memory error") == failures and left == [0]
-    assert relative(expected, sd3.vsf) <= 1e-5
+    assert_close(expected, sd3.vsf)
     monkeypatch.undo()
     sd3.check()
     tally["out of memory"] += 1

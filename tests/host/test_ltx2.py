@@ -7,13 +7,12 @@ import comfy.utils
 import comfy_extras.nodes_lt
 import pytest
 import torch
+from cases import CASES, attached_of, both, clip_of, model_of
 from comfy.ldm.lightricks.embeddings_connector import Embeddings1DConnector
 from comfy.nested_tensor import NestedTensor
-from comfy_api.torch_helpers import set_torch_compile_wrapper
-from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
-from cross import FAMILIES, attached_of, both, cached_clip, loaded, oracle_of, run
 from encoders import make_ltxav_clip
-from helpers import relative
+from helpers import assert_close, relative
+from oracle import oracle_model
 
 import nodes
 
@@ -26,59 +25,54 @@ def name(request):
 
 
 @pytest.fixture
-def family(name):
-    return FAMILIES[name]
+def case(name):
+    return CASES[name]
 
 
 @pytest.fixture
 def model(name):
-    return loaded(name)
+    return model_of(name)
 
 
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
-def test_as_many_tokens_of_sound_as_of_text(pack, family, model, cfg):
+def test_as_many_tokens_of_sound_as_of_text(pack, case, model, cfg):
     """Sound's attention to itself, and the video's to it, must pass through untouched."""
-    result, expected = both(pack, family, model, n=5, cfg=cfg, sound=family.length + 5)
-    assert relative(result, expected) <= 1e-5
+    assert_close(*both(pack, case, model, n=5, cfg=cfg, sound=case.length + 5))
 
 
-def test_as_many_tokens_of_sound_as_of_the_picture(pack, family, model):
-    result, expected = both(pack, family, model, n=5, size=(3, 4, 5), sound=60)
-    assert relative(result, expected) <= 1e-5
+def test_as_many_tokens_of_sound_as_of_the_picture(pack, case, model):
+    assert_close(*both(pack, case, model, n=5, size=(3, 4, 5), sound=60))
 
 
-def test_no_sound(pack, family, model):
+def test_no_sound(pack, case, model):
     """A latent of video alone."""
-    result, expected = both(pack, family, model, n=5, sound=0)
-    assert relative(result, expected) <= 1e-5
+    assert_close(*both(pack, case, model, n=5, sound=0))
 
 
 @pytest.mark.parametrize("voice", [4, 1020], ids=["short", "as long as the text"])
-def test_reference_voice(pack, family, model, voice):
+def test_reference_voice(pack, case, model, voice):
     """Tokens of a voice go before those of sound (LTXVReferenceAudio)."""
     if not hasattr(comfy_extras.nodes_lt, "LTXVReferenceAudio"):
         pytest.skip("this ComfyUI knows no reference voice")
-    ((cond, options),) = family.prompt()
+    ((cond, options),) = case.prompt()
     reference = {"tokens": torch.randn(1, voice, 128, generator=torch.Generator().manual_seed(3))}
     positive = [[cond, {**options, "ref_audio": reference}]]
-    result, expected = both(pack, family, model, n=5, positive=positive)
-    assert relative(result, expected) <= 1e-5
-    assert relative(run(family, model, family.prompt()), run(family, model, positive)) > 1e-4
+    assert_close(*both(pack, case, model, n=5, positive=positive))
+    assert relative(case.run(model, case.prompt()), case.run(model, positive)) > 1e-4
 
 
-def test_guides(pack, family, model):
+def test_guides(pack, case, model):
     """Where guides leave tokens of the video out, so that as many are left as the text has."""
     size, sound, left_out = (1, 33, 32), 9, 27
     denoise = torch.ones(1, 128, *size)
     denoise[..., -1, -left_out:] = -1.0
     packed, _ = comfy.utils.pack_latents([denoise, torch.ones(1, 8, sound, 16)])
-    ((cond, options),) = family.prompt()
+    ((cond, options),) = case.prompt()
     guided = {"keyframe_idxs": torch.zeros(1, 3, 32, 2), "concat_mask": packed}
-    result, expected = both(pack, family, model, n=5, positive=[[cond, {**options, **guided}]], size=size)
-    assert relative(result, expected) <= 1e-5
+    assert_close(*both(pack, case, model, n=5, positive=[[cond, {**options, **guided}]], size=size))
 
 
-def test_sampled_in_context_windows(pack, family, model):
+def test_sampled_in_context_windows(pack, case, model):
     """Each frame sees the negative of its own part of the video."""
     from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 
@@ -87,43 +81,32 @@ def test_sampled_in_context_windows(pack, family, model):
     given = (4, 2, "standard_static", 1, False, "pyramid", 2, False)
     windowed = ContextWindowsManualNode.execute(model, *given, causal_window_fix=False).result[0]
     kw = {"size": (8, 3, 3), "sound": 16, "steps": 1}
-    early = pack.negative(family.prompt(), negative=family.negative(5), to_frame=0.25)
-    results = [run(family, m, early, **kw) for m in (windowed, pack.patch(windowed))]
+    early = pack.negative(case.prompt(), negative=case.negative(5), to_frame=0.25)
+    results = [case.run(m, early, **kw) for m in (windowed, pack.patch(windowed))]
     video = [comfy.utils.unpack_latents(r, [(1, 128, 8, 3, 3), (1, 8, 16, 16)])[0] for r in results]
     moved = (video[0] - video[1]).abs().amax(dim=(0, 1, 3, 4))
     assert (moved[:2] > 1e-2).all() and (moved[4:] == 0).all()  # the first window, and those after it
 
 
-def test_scale_sweep(pack, family, model):
+def test_scale_sweep(pack, case, model):
     """A copy of both, video and sound, for each scale."""
-    positive = pack.negative(family.prompt(), negative=family.negative(5))
+    positive = pack.negative(case.prompt(), negative=case.negative(5))
     empty = {"samples": NestedTensor((torch.zeros(1, 128, 2, 3, 4), torch.zeros(1, 8, 9, 16)))}
     swept, latent, _ = (
         pack.mapping["VSFScaleSweep"].execute(model=pack.patch(model), latent=empty, scales="0, 2").result
     )
-    shown = nodes.common_ksampler(swept, 7, 2, 1.0, "euler", "simple", positive, family.prompt(9), latent)[0]["samples"]
+    shown = nodes.common_ksampler(swept, 7, 2, 1.0, "euler", "simple", positive, case.prompt(9), latent)[0]["samples"]
     for i, scale in enumerate((0.0, 2.0)):
         one = pack.patch(model, scale=scale)
-        alone = nodes.common_ksampler(one, 7, 2, 1.0, "euler", "simple", positive, family.prompt(9), empty)[0][
-            "samples"
-        ]
+        alone = nodes.common_ksampler(one, 7, 2, 1.0, "euler", "simple", positive, case.prompt(9), empty)[0]["samples"]
         for part, whole in zip(alone.unbind(), shown.unbind(), strict=True):
-            assert relative(whole[i : i + 1], part) <= 1e-5
+            assert_close(whole[i : i + 1], part)
 
 
-def test_as_wide_sound_is_refused(pack, family, model, monkeypatch):
+def test_as_wide_sound_is_refused(pack, case, model, monkeypatch):
     monkeypatch.setattr(model.model.diffusion_model, "audio_inner_dim", model.model.diffusion_model.inner_dim)
     with pytest.raises(ValueError, match="attention of sound and of video are as wide"):
         pack.patch(model)
-
-
-def test_compiled_is_refused(pack, family, model):
-    """ComfyUI's own code of the model breaks the graph."""
-    compiled = model.clone()
-    set_torch_compile_wrapper(compiled, "eager", {"guard_filter_fn": skip_torch_compile_dict}, keys=["diffusion_model"])
-    attached = pack.negative(family.prompt(), negative=family.negative(5))
-    with pytest.raises(RuntimeError, match="Remove the node that compiles the model"):
-        run(family, pack.patch(compiled), attached)
 
 
 # -- from text
@@ -133,38 +116,38 @@ WORDS = {"a red roof": ["a", "red", "roof"], "roof": ["roof"]}
 
 
 @pytest.mark.parametrize("words", WORDS)
-def test_its_own_tokens(pack, family, model, name, words, caplog):
+def test_its_own_tokens(pack, case, model, name, words, caplog):
     """The words as the connectors see them behind the start token; the node's text is what a prompt would be."""
-    clip = cached_clip(name)
+    clip = clip_of(name)
     made = attached_of(pack, clip, words)
     cond, options = clip.encode_from_tokens_scheduled(clip.tokenize(words))[0]
     n = len(clip.tokenizer.gemma3_12b.tokenizer(words)["input_ids"]) - 1
     assert torch.equal(made.tokens, cond) and made.encoder == "ltxav" and cond.shape[1] == n + 1
-    positive = family.prompt()
+    positive = case.prompt()
     as_text = pack.negative(positive, clip=clip, text=words)
     as_prompt = pack.negative(positive, negative=[[cond, options]])
     with caplog.at_level(logging.INFO):
-        results = [run(family, pack.patch(model), attached) for attached in (as_text, as_prompt)]
+        results = [case.run(pack.patch(model), attached) for attached in (as_text, as_prompt)]
     assert torch.equal(*results)
     assert any(f"LTX-2: {n} negative tokens" in record.getMessage() for record in caplog.records)
-    oracle, _ = oracle_of(family, model, positive, [[made.tokens, made.extra]])
-    assert relative(results[0], run(family, oracle, positive)) <= 1e-5
+    oracle, _ = oracle_model(model, [case.expect(model, positive, [[made.tokens, made.extra]])])
+    assert_close(results[0], case.run(oracle, positive))
     shown = pack.mapping["VSFNegativeConditioning"].execute(positive=positive, clip=clip, text=words)
     count, said = shown.ui.as_dict()["text"][0].splitlines()
     assert count == f"pushes away {n} tokens" and said.replace(" · ", "") == "Gemma: " + words.replace(" ", "")
 
 
-def test_extrapolation_and_a_negative_without_words_are_refused(pack, family, model, name):
+def test_extrapolation_and_a_negative_without_words_are_refused(pack, case, model, name):
     with pytest.raises(ValueError, match=r"not that of LTX-2 .* Set extrapolation to 0"):
-        attached_of(pack, cached_clip(name), "roof", extrapolation=8.0)
-    attached = pack.negative(family.prompt(), negative=family.negative(0))
+        attached_of(pack, clip_of(name), "roof", extrapolation=8.0)
+    attached = pack.negative(case.prompt(), negative=case.negative(0))
     with pytest.raises(ValueError, match="the negative has no words"):
-        run(family, pack.patch(model), attached)
+        case.run(pack.patch(model), attached)
 
 
 def test_connectors_in_the_encoder(pack, tmp_path):
     """LTX-2 19B's checkpoint as LTXAVTextEncoderLoader reads it: the encoder has the connectors, too."""
-    family, model, clip = FAMILIES["ltx2"], loaded("ltx2"), make_ltxav_clip(Path(tmp_path), "2")
+    case, model, clip = CASES["ltx2"], model_of("ltx2"), make_ltxav_clip(Path(tmp_path), "2")
     encoder, dit = clip.cond_stage_model, model.model.diffusion_model
     raw = attached_of(pack, clip, "a red roof")
     encoder.compat_mode = True
@@ -177,8 +160,8 @@ def test_connectors_in_the_encoder(pack, tmp_path):
     results = []
     for negative in ("a red roof", "roof"):
         attached = pack.negative(positive, clip=clip, text=negative)
-        results.append(run(family, pack.patch(model), attached, positive))
+        results.append(case.run(pack.patch(model), attached, positive))
     assert relative(*results) > 1e-4
-    oracle, _ = oracle_of(family, model, family.prompt(), [[raw.tokens, raw.extra]])
-    attached = pack.negative(family.prompt(), clip=clip, text="a red roof")
-    assert relative(run(family, pack.patch(model), attached), run(family, oracle, family.prompt())) <= 1e-5
+    oracle, _ = oracle_model(model, [case.expect(model, case.prompt(), [[raw.tokens, raw.extra]])])
+    attached = pack.negative(case.prompt(), clip=clip, text="a red roof")
+    assert_close(case.run(pack.patch(model), attached), case.run(oracle, case.prompt()))

@@ -4,34 +4,25 @@ import sys
 
 import pytest
 import torch
-from helpers import conditioning, load_flux, load_sd3, load_wan, sample, spy_override, text, with_override
+from cases import CASES, model_of
+from helpers import spy_override, with_override
 from hosting.live_memory import LiveMemory
-from oracle import Expect, oracle_model
+from oracle import oracle_model
 
 SIZE = {"sd3": (96, 96), "flux": (96, 96), "wan": (4, 48, 48)}
 TOKENS = 2304
 """Of the image: more than any layer of the tiny models is wide."""
-LOAD = {"sd3": load_sd3, "flux": load_flux, "wan": load_wan}
 
 
 def watched(model, positive, family, size=None):
     """One step: what it held in memory."""
     with torch.inference_mode(), LiveMemory() as memory:
-        sample(model, positive, size=size or SIZE[family], steps=1)
+        CASES[family].run(model, positive, size=size or SIZE[family], steps=1)
     return memory
 
 
 def pairs(memory):
     return [shape for shape in memory.shapes if len(shape) > 1 and min(shape[-2:]) >= TOKENS]
-
-
-def prompt(family, **options):
-    widths = {"sd3": (64, 2048), "flux": (64, 768), "wan": (4096, 768)}[family]
-    return conditioning(width=widths[0], pooled_width=widths[1], **options)
-
-
-def negative(family, **options):
-    return [[text(5, 5, prompt(family)[0][0].shape[2]), options]]
 
 
 WAYS = {
@@ -44,15 +35,15 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("family", LOAD)
+@pytest.mark.parametrize("family", SIZE)
 def test_no_tensor_over_all_pairs(pack, family, way):
-    how, model, positive = WAYS[way], LOAD[family](), prompt(family)
-    unwanted = negative(family)
+    how, case, model = WAYS[way], CASES[family], model_of(family)
+    positive, unwanted = case.prompt(), case.negative()
     if "mask" in how:
         unwanted[0][1]["mask"] = torch.rand(1, *SIZE[family][-2:])
     attached = pack.negative(positive, negative=unwanted)
     if "padding" in how:  # a second entry of another length
-        attached = [*attached, *pack.negative(prompt(family, seed=2), negative=[[unwanted[0][0][:, :2], {}]])]
+        attached = [*attached, *pack.negative(case.prompt(seed=2), negative=[[unwanted[0][0][:, :2], {}]])]
     patched = pack.patch(model, scale=3.3, offset=0.2)
     if "override" in how:
         patched = with_override(patched, spy_override([]))
@@ -62,12 +53,13 @@ def test_no_tensor_over_all_pairs(pack, family, way):
 
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 def test_the_dense_way_would_be_noticed(family):
-    model, positive = LOAD[family](), prompt(family)
-    oracle, _ = oracle_model(model, [Expect(positive[0][0], negative(family)[0][0], 3.3, 0.2)])
+    case, model = CASES[family], model_of(family)
+    positive = case.prompt()
+    oracle, _ = oracle_model(model, [case.expect(model, positive)])
     assert pairs(watched(oracle, positive, family))
 
 
-@pytest.mark.parametrize("family", LOAD)
+@pytest.mark.parametrize("family", SIZE)
 def test_peak(pack, family, monkeypatch):
     """At most 1% more is alive at once than in the plain model.
 
@@ -75,8 +67,8 @@ def test_peak(pack, family, monkeypatch):
     """
     attention = sys.modules[f"{pack.module.__name__}.vsf_core.attention"]
     monkeypatch.setattr(attention, "SLIVER_BYTES", {"cpu": 2**14})
-    model, positive = LOAD[family](), prompt(family)
-    attached = pack.negative(positive, negative=negative(family))
+    model, positive = model_of(family), CASES[family].prompt()
+    attached = pack.negative(positive, negative=CASES[family].negative())
     size = (4, 96, 96) if family == "wan" else None  # next to whose text the negative's five tokens are little
     plain = watched(model, positive, family, size).peak
     assert watched(pack.patch(model, scale=3.3, offset=0.2), attached, family, size).peak <= 1.01 * plain

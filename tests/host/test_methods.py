@@ -3,14 +3,12 @@ attentions, on the oracle's seams."""
 
 import inspect
 import logging
-from functools import lru_cache
 
-import cross
 import pytest
 import torch
-from helpers import conditioning, load_flux, load_sd3, load_wan, relative, sample, spy_override, text, with_override
-from oracle import Expect, oracle_model
-from test_families import CASES, attached
+from cases import CASES, both, model_of
+from helpers import assert_close, conditioning, relative, sample, spy_override, text, with_override
+from oracle import oracle_model
 
 NAG = {"method": "nag", "nag_scale": 3.0, "nag_alpha": 0.5, "nag_tau": 1.2}
 NASA = {"method": "nasa", "nasa_scale": 0.3}
@@ -28,86 +26,68 @@ def nasa(z_pos, z_neg):
 
 
 GUIDES = {"nag": nag, "nasa": nasa}
-RUNS = pytest.mark.parametrize(("method", "batch", "cfg", "size"), [("nag", 2, 2.5, 1), ("nasa", 1, 1.0, 0)])
 
 
-@lru_cache(maxsize=1)
-def model_of(name):
-    return CASES[name].load()
+@pytest.fixture
+def case():
+    return CASES["sd3"]
 
 
 @pytest.fixture
 def model():
-    return load_sd3()
+    return model_of("sd3")
 
 
-@RUNS
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.cross])
-def test_parity_in_joint_attention(pack, name, method, batch, cfg, size):
+@pytest.mark.parametrize("name", CASES)
+def test_parity(pack, name):
+    """NAG by log-sum-exp and, in joint attention, by a mask of one row; NASA differs by the formula alone."""
     case, model = CASES[name], model_of(name)
-    positive, run = case.prompt(), {"size": case.sizes[size], "batch": batch, "cfg": cfg}
-    oracle, record = oracle_model(model, case.expect(positive, guide=GUIDES[method]))
-    patched = pack.patch(model, **METHODS[method])
-    expected = case.run(oracle, positive, **run)
+    positive, run = case.prompt(size=case.sizes[1]), {"size": case.sizes[1], "cfg": 2.5}
+    oracle, record = oracle_model(model, [case.expect(model, positive, guide=nag)])
+    patched, expected = pack.patch(model, **NAG), case.run(oracle, positive, **run)
     assert record.joint > 0
-    row_mask = [with_override(patched, spy_override([]))] if method == "nag" else []
-    for path in (patched, *row_mask):  # by log-sum-exp, and by a mask of one row
-        assert relative(case.run(path, attached(pack, case), **run), expected) <= 1e-5
-    if method == "nasa":
-        assert relative(case.run(model, positive, **run), expected) > 1e-3  # and it matters
-
-
-@pytest.mark.parametrize("name", cross.FAMILIES)
-def test_parity_in_cross_attention(pack, name):
-    """NASA differs by the formula alone: one family, Wan, has it below."""
-    family, model = cross.FAMILIES[name], cross.loaded(name)
-    run = {"batch": 2, "cfg": 2.5, "size": family.sizes[1]}
-    result, expected = cross.both(pack, family, model, patch=NAG, expect={"guide": nag}, **run)
-    assert relative(result, expected) <= 1e-5
-    assert relative(cross.run(family, model, family.prompt(), **run), expected) > 1e-4
+    attached = pack.negative(positive, negative=case.negative())
+    assert_close(case.run(patched, attached, **run), expected)
+    if not case.cross:
+        assert_close(case.run(with_override(patched, spy_override([])), attached, **run), expected)
+    assert relative(case.run(model, positive, **run), expected) > 1e-4  # and it matters
 
 
 @pytest.mark.smoke
-@RUNS
-def test_parity_on_wan(pack, method, batch, cfg, size):
-    case, model = CASES["wan"], load_wan()
-    positive, run = case.prompt(), {"size": case.sizes[size], "batch": batch, "cfg": cfg}
-    expected = case.run(oracle_model(model, case.expect(positive, guide=GUIDES[method]))[0], positive, **run)
-    result = case.run(pack.patch(model, **METHODS[method]), attached(pack, case), **run)
-    assert relative(result, expected) <= 1e-5
-
-
-def both(pack, model, patch, node=(), **expect):
-    positive, negative = conditioning(), text(5, 5)
-    given = pack.negative(positive, negative=[[negative, {}]], **dict(node))
-    reference, _ = oracle_model(model, [Expect(positive[0][0], negative, 0.0, 0.0, **expect)])
-    return sample(pack.patch(model, **patch), given), sample(reference, positive)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["sd3", "flux", "wan"])
+def test_parity_of_two_pictures(pack, name, method):
+    case, model = CASES[name], model_of(name)
+    expect, patch = {"guide": GUIDES[method]}, METHODS[method]
+    assert_close(*both(pack, case, model, patch=patch, expect=expect, batch=2, cfg=2.5))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_blocks_and_masks(pack, model, method):
+def test_blocks_and_masks(pack, case, model, method):
     """A soft mask is the share of the steering that a token takes."""
     mask = torch.rand(1, 16, 24, generator=torch.Generator().manual_seed(2))
     keep = torch.nn.functional.avg_pool2d(mask, 2).flatten()[:, None].expand(-1, 5)
     patch, guide = {**METHODS[method], "blocks": "double:1-"}, GUIDES[method]
-    result, expected = both(pack, model, patch, {"mask": mask}, guide=guide, keep=keep, blocks=frozenset({1, 2}))
-    assert relative(result, expected) <= 1e-5
+    expect = {"guide": guide, "keep": keep, "blocks": frozenset({1, 2})}
+    assert_close(*both(pack, case, model, patch=patch, node={"mask": mask}, expect=expect))
 
 
-def test_strength_multiplies_phi(pack, model):
-    result, expected = both(pack, model, NASA, {"strength": 2.0}, guide=lambda z_pos, z_neg: z_pos - 0.6 * z_neg)
-    assert relative(result, expected) <= 1e-5
-    result, expected = both(pack, model, NAG, {"strength": 0.5}, guide=lambda a, b: nag(a, b, s=2.0))
-    assert relative(result, expected) <= 1e-5
+@pytest.mark.parametrize(
+    ("method", "strength", "guide"),
+    [("nasa", 2.0, lambda a, b: a - 0.6 * b), ("nag", 0.5, lambda a, b: nag(a, b, s=2.0))],
+)
+def test_strength_multiplies_phi(pack, case, model, method, strength, guide):
+    expect = {"guide": guide}
+    assert_close(*both(pack, case, model, patch=METHODS[method], node={"strength": strength}, expect=expect))
 
 
-def test_entries_with_and_without_a_negative_share_a_batch(pack, model):
+def test_entries_with_and_without_a_negative_share_a_batch(pack, case, model):
     """At cfg above 1 the uncond entry has none: it is stock's, and both are one forward pass."""
-    positive, negative = conditioning(), text(5, 5)
-    given = pack.negative(positive, negative=[[negative, {}]])
-    reference, record = oracle_model(model, [Expect(positive[0][0], negative, 0.0, 0.0, guide=nasa)])
+    positive = conditioning()
+    given = pack.negative(positive, negative=case.negative())
+    reference, record = oracle_model(model, [case.expect(model, positive, guide=nasa)])
     result = sample(pack.patch(model, **NASA), given, negative=conditioning(seed=9), cfg=3.0)
-    assert relative(result, sample(reference, positive, negative=conditioning(seed=9), cfg=3.0)) <= 1e-5
+    assert_close(result, sample(reference, positive, negative=conditioning(seed=9), cfg=3.0))
     assert set(record.forwards) == {2}
 
 
@@ -115,7 +95,7 @@ def test_entries_with_and_without_a_negative_share_a_batch(pack, model):
 def test_black_everywhere_is_stock(pack, model, method):
     given = pack.negative(conditioning(), negative=[[text(5, 5), {}]], mask=torch.zeros(1, 16, 24))
     result = sample(pack.patch(model, **METHODS[method]), given)
-    assert relative(result, sample(model, conditioning())) <= 1e-6
+    assert_close(result, sample(model, conditioning()), 1e-6)
 
 
 @pytest.mark.smoke
@@ -146,8 +126,8 @@ def test_a_scale_sweep_sweeps_the_methods_own_scale(pack, model):
 
     args = (3, 1.0, "euler", "simple", given, conditioning(), latent["samples"])
     first, second = comfy.sample.sample(patched, noise, *args, disable_pbar=True, seed=7)
-    assert relative(first, sample(model, conditioning())[0]) <= 1e-5
-    assert relative(second, sample(pack.patch(model, **NAG), given)[0]) <= 1e-5
+    assert_close(first, sample(model, conditioning())[0])
+    assert_close(second, sample(pack.patch(model, **NAG), given)[0])
 
 
 def test_the_log_says_which(pack, model, caplog):
@@ -178,7 +158,7 @@ def test_chained_negatives_are_one(pack, model):
     two = pack.negative(one, negative=[[text(4, 6), {}]])
     joined = pack.negative(conditioning(), negative=[[torch.cat([text(5, 5), text(4, 6)], 1), {}]])
     patched = pack.patch(model, **NAG)
-    assert relative(sample(patched, two), sample(patched, joined)) <= 1e-6
+    assert_close(sample(patched, two), sample(patched, joined), 1e-6)
 
 
 def test_one_mask_wired_into_two_nodes_is_one(pack, model):
@@ -188,7 +168,7 @@ def test_one_mask_wired_into_two_nodes_is_one(pack, model):
         given = pack.negative(given, negative=[[tokens, {}]], mask=mask)
     joined = [[torch.cat([text(5, 5), text(4, 6)], 1), {}]]
     patched, alone = pack.patch(model, **NAG), pack.negative(conditioning(), negative=joined, mask=mask)
-    assert relative(sample(patched, given), sample(patched, alone)) <= 1e-6
+    assert_close(sample(patched, given), sample(patched, alone), 1e-6)
     other = pack.negative(given, negative=[[text(4, 7), {}]], mask=1 - mask)
     with pytest.raises(ValueError, match="3 here differ in strength, mask or frames"):
         sample(patched, other)
@@ -196,7 +176,7 @@ def test_one_mask_wired_into_two_nodes_is_one(pack, model):
 
 def test_flux_takes_a_users_mask(pack):
     """ComfyUI's own attention_mask, which has the row-mask path at work."""
-    model = load_flux()
+    model = model_of("flux")
     positive = conditioning(pooled_width=768, attention_mask=torch.rand(1, 109, 109), attention_mask_img_shape=(8, 12))
     given = pack.negative(positive, negative=[[text(5, 5), {}]])
     assert torch.isfinite(sample(pack.patch(model, **NAG), given)).all()

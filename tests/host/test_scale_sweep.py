@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import conditioning, load_flux, load_sd3, load_wan, relative, sample, text
+from cases import CASES
+from helpers import assert_close, relative, sample
 from hosting.graph import only_node, to_prompt
 from hosting.toy_graphs import with_toys
 from PIL import Image
@@ -18,23 +19,17 @@ import nodes
 
 ROOT = Path(__file__).resolve().parents[2]
 
-LOADERS = {"sd3": (load_sd3, 64, 2048), "flux": (load_flux, 64, 768), "wan": (load_wan, 4096, 2048)}
-SIZES = {"sd3": (15, 21), "flux": (15, 21), "wan": (3, 7, 9)}
+FAMILIES = ("sd3", "flux", "wan")
 SCALES = (-1.0, 0.0, 1.5, 3.8)
 
 
 @pytest.fixture(scope="module")
 def models():
-    return {name: load() for name, (load, _, _) in LOADERS.items()}
-
-
-def prompt(family, seed=1):
-    _, width, pooled = LOADERS[family]
-    return conditioning(13, seed, width, pooled)
+    return {family: CASES[family].load() for family in FAMILIES}
 
 
 def attached(pack, family, **kw):
-    return pack.negative(prompt(family), negative=[[text(5, 5, LOADERS[family][1]), {}]], **kw)
+    return pack.negative(CASES[family].prompt(), negative=CASES[family].negative(), **kw)
 
 
 def sweep(pack, model, latent, scales="-1, 0, 1.5, 3.8"):
@@ -43,17 +38,17 @@ def sweep(pack, model, latent, scales="-1, 0, 1.5, 3.8"):
 
 def ksampler(model, family, positive, latent, cfg=1.0, sampler="euler"):
     """ComfyUI's own KSampler node."""
-    return nodes.common_ksampler(model, 7, 3, cfg, sampler, "simple", positive, prompt(family, 99), latent)[0][
+    return nodes.common_ksampler(model, 7, 3, cfg, sampler, "simple", positive, CASES[family].uncond(), latent)[0][
         "samples"
     ]
 
 
 def empty(family):
-    return {"samples": torch.zeros(1, 16, *SIZES[family])}
+    return {"samples": torch.zeros(1, 16, *CASES[family].sizes[1])}
 
 
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
-@pytest.mark.parametrize("family", LOADERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_each_picture_is_the_single_run(pack, models, family, cfg):
     positive = attached(pack, family, strength=0.7)
     model, latent, labels = sweep(pack, pack.patch(models[family], scale=9.0), empty(family))
@@ -62,7 +57,7 @@ def test_each_picture_is_the_single_run(pack, models, family, cfg):
     assert result.shape[0] == len(SCALES)
     for i, scale in enumerate(SCALES):
         alone = ksampler(pack.patch(models[family], scale=scale), family, positive, empty(family), cfg)
-        assert relative(result[i : i + 1], alone) <= 1e-5
+        assert_close(result[i : i + 1], alone)
         assert relative(result[i - 1 : i or None], alone) > 1e-3  # and not its neighbour's
 
 
@@ -78,7 +73,7 @@ def test_the_latents_own_place_in_the_batch_and_mask_stay(pack, models):
     swept, latent, _ = sweep(pack, pack.patch(model), picked)
     result = ksampler(swept, "sd3", positive, latent)
     alone = ksampler(pack.patch(model, scale=SCALES[2]), "sd3", positive, picked)
-    assert relative(result[2:3], alone) <= 1e-5
+    assert_close(result[2:3], alone)
     other = ksampler(pack.patch(model, scale=SCALES[2]), "sd3", positive, {**picked, "batch_index": [0]})
     assert relative(other, alone) > 1e-3
 

@@ -18,7 +18,7 @@ Known = dict[tuple, tuple[int, bool]]
 whether P still follows N as it did."""
 
 ALIKE, ALIKE_IN_PLACE = 0.9, 0.5
-"""Mean cosine from which on rows whose values a patch has changed are still taken for N's: anywhere, and where N was."""
+"""Mean cosine from which rows whose values a patch has changed are still taken for N's: anywhere, and where N was."""
 
 
 class TextStream:

@@ -15,7 +15,7 @@ class TokenLayout:
     otherwise it needs a copy of keys and values. ``cached`` keys of I without a query of their own follow all others (a
     cache of reference images).
 
-    Raises ``ValueError`` for a negative length, for ``before`` > ``positive``, for ``cached`` < 0, and without image tokens.
+    Raises ``ValueError`` for a negative length, for ``before`` > ``positive``, and without image tokens.
     """
 
     image: int

@@ -475,7 +475,12 @@ def oracle_model(model, expects, released=False, in_front=0):
             with (
                 refined,
                 replaced(
-                    *seam(diffusion_model), embedder, at_end, in_front, record=record, released=released, user_mask=mask, **kw
+                    *seam(diffusion_model),
+                    *(embedder, at_end, in_front),
+                    record=record,
+                    released=released,
+                    user_mask=mask,
+                    **kw,
                 ),
             ):
                 pieces.append(apply_model(x, t, **c))

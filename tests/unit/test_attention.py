@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BEFORE, DTYPES, TOLERANCE, black_box, make, placed, relative, rows_of
+from samples import BEFORE, DTYPES, TOLERANCE, black_box, make, placed, relative, rows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import BEFORE, black_box, placed
+from samples import BEFORE, black_box, placed
 
 from vsf_core import (
     LAYERS,

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BEFORE, DTYPES, TOLERANCE, black_box, make, placed, relative, rows_of
+from samples import BEFORE, DTYPES, TOLERANCE, black_box, make, placed, relative, rows_of
 
 from vsf_core import (
     NAG,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import BEFORE, black_box, make, placed, relative, rows_of
+from samples import BEFORE, black_box, make, placed, relative, rows_of
 
 from vsf_core import (
     NAG,

@@ -7,9 +7,9 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from samples import BEFORE, DTYPES, TOLERANCE, black_box, make, placed, relative, rows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import BEFORE, DTYPES, TOLERANCE, black_box, make, placed, relative, rows_of
 
 from vsf_core import (
     TokenLayout,

@@ -33,7 +33,7 @@ def shot(tab, tmp_path_factory, name):
 
 
 @pytest.mark.parametrize("alias", ["cfg 1", "NAG", "value sign flip"])
-def test_node_search_finds_both_nodes_by_alias(tab, tmp_path_factory, alias):
+def test_node_search_finds_patch_and_negative_by_alias(tab, tmp_path_factory, alias):
     tab.evaluate("() => app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
     tab.wait_for_function("() => document.activeElement?.tagName === 'INPUT'")
     tab.keyboard.type(alias)

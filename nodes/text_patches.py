@@ -22,6 +22,7 @@ def text_followed(options: dict, forward: ForwardContext) -> dict:
         for name, (before, after) in _brackets(forward.family).items()
         if patches.get(name)
     }
+    forward.text.copies = not forward.run.reported and bool(forward.text.strangers or bracketed)
     return {**options, "patches": {**patches, **bracketed}} if bracketed else options
 
 

@@ -35,11 +35,13 @@ class TextStream:
         self._held: Tensor | None = None
         self.strangers: Sequence[Callable] = ()
         """Patches of others that get the text in or between blocks."""
+        self.copies = False
+        """Whether what goes into a patch is copied: in a run's first pass, since a patch may write into what it gets."""
         self._entered: tuple[int, int] | None = None
 
     def hold(self, text: Tensor, start: int | None = None) -> None:
         """Keep ``text`` [B, tokens, C] as it goes into a patch; ``start``: where N is known to stand."""
-        self._held, self.count = text, text.shape[1]
+        self._held, self.count = text.clone() if self.copies else text, text.shape[1]
         if start is not None:
             self.start = start
 

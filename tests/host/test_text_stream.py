@@ -101,6 +101,11 @@ def moved(args):
     return {**args, "txt": args["txt"].flip(1), "txt_ids": args["txt_ids"].flip(1)}
 
 
+def moved_in_place(args):
+    args["txt"][:], args["txt_ids"] = args["txt"].flip(1), args["txt_ids"].flip(1)
+    return args
+
+
 def dropped(args):
     return {**args, "txt": args["txt"][:, 2:], "txt_ids": args["txt_ids"][:, 2:]}
 
@@ -114,7 +119,7 @@ def replaced(args):
 
 
 @pytest.mark.parametrize("name", ["flux", "flux.2 klein", "qwen-image"])
-@pytest.mark.parametrize("patch", [moved, dropped, repeated, replaced])
+@pytest.mark.parametrize("patch", [moved, moved_in_place, dropped, repeated, replaced])
 def test_a_patch_that_loses_n_is_named(pack, name, patch):
     case = CASES[name]
     attached = pack.negative(case.prompt(), negative=case.negative())

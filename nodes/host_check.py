@@ -2,6 +2,7 @@
 
 import logging
 from importlib import import_module
+from itertools import takewhile
 
 log = logging.getLogger(__name__)
 
@@ -67,12 +68,7 @@ def _version() -> str | None:
 
 def _numbers(version: str) -> tuple[int, ...]:
     """The leading numbers of a version: 0.3.60 is (0, 3, 60), 0.31.0rc1 is (0, 31); none where it is no version."""
-    numbers: list[int] = []
-    for part in version.split("."):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
+    return tuple(map(int, takewhile(str.isdigit, version.split("."))))
 
 
 def _has(module: str, name: str) -> bool:

@@ -16,31 +16,3 @@ from .embeddings import content_length, extrapolate, null_embedding
 from .layout import TokenLayout, padding_mask, unless_all
 from .methods import NAG, NASA, VSF, Guidance, Method, attend_cross, attend_joint, way_of
 from .reference import cross_attention_reference, joint_attention_reference, joint_mask
-
-__all__ = [
-    "LAYERS",
-    "NAG",
-    "NASA",
-    "VSF",
-    "Attention",
-    "AttentionBackend",
-    "AttentionRecord",
-    "Guidance",
-    "LSEAttention",
-    "Method",
-    "NegativeTerms",
-    "TokenLayout",
-    "attend_cross",
-    "attend_joint",
-    "content_length",
-    "cross_attention_reference",
-    "extrapolate",
-    "joint_attention_reference",
-    "joint_mask",
-    "layer_of",
-    "lse_attention",
-    "null_embedding",
-    "padding_mask",
-    "unless_all",
-    "way_of",
-]

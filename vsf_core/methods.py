@@ -16,7 +16,6 @@ it costs a second call of the black box and is as exact as that one's dtype.
 """
 
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +27,6 @@ from .guidance import joint_attention_guided, steer_
 from .layout import TokenLayout, padding_mask, unless_all
 from .masked import RowMasks, joint_attention_masked
 
-M = TypeVar("M", bound="Method")
-
 
 class Method:
     """What is done with a negative."""
@@ -37,7 +34,7 @@ class Method:
     records = False
     """Whether there is an ``attention_mass``: whether positive and negative share one softmax."""
 
-    def on(self: M, device: torch.device) -> M:
+    def on(self, device: torch.device) -> "Method":
         """The same with its numbers as tensors there, which one compiled graph takes as they come."""
         return self
 

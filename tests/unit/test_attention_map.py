@@ -62,15 +62,15 @@ def test_record_means():
     """Over blocks, evaluations of a step, steps and layer groups, frame by frame."""
     record = AttentionRecord()
     record.begin((1, 2, 2, 2), steps=3, patch=2)
-    one = torch.ones(3, 1, 2) * torch.tensor([1.0, 2.0, 4.0])[:, None, None]
+    one = torch.ones(3, 1, 2, 1, 1) * torch.tensor([1.0, 2.0, 4.0]).view(3, 1, 1, 1, 1)
     record.add(0, one, torch.tensor([1.0, 1.0, 2.0]))
     record.add(0, one * 3, torch.tensor([1.0, 1.0, 2.0]))
-    record.add(2, one[:, :, :1] * 10, torch.tensor([1.0, 1.0, 2.0]), frames=[1])
+    record.add(2, one[:, :, :1] * 10, torch.tensor([1.0, 1.0, 2.0]), at=([0], [1], [0, 1], [0, 1]))
     assert record.acted == [0, 2]
     assert [record.mean(layer, 0)[0, 0].item() for layer in LAYERS] == [2.0, 4.0, 4.0]
     assert record.mean("all", 0)[0, 0].item() == 7 * 4 / 8
     assert not record.mean("all", 1).any()
     assert record.mean("early", 2).flatten().tolist() == [0.0, 10.0]
     assert record.mean("early").flatten().tolist() == [2.0, pytest.approx((1 + 3 + 10) / 3)]
-    with pytest.raises(ValueError, match=r"attention mass of shape \(3, 1, 2\), got \(3, 2, 2\)"):
-        record.add(1, torch.ones(3, 2, 2), torch.ones(3))
+    with pytest.raises(ValueError, match=r"attention mass of shape \(3, 1, 2, 1, 1\), got \(3, 2, 2, 1, 1\)"):
+        record.add(1, torch.ones(3, 2, 2, 1, 1), torch.ones(3))

@@ -27,10 +27,11 @@ def show(pack, holder, image, **kw):
 def filled(holder, maps, size, groups=(0, 1, 2)):
     """A record of one step a map [B, frames, h, w], the same in each of the layer groups that count."""
     frames, h, w = size
-    holder.record.begin((maps[0].shape[0], frames, h, w), len(maps), patch=2)
+    record = holder.begin()
+    record.begin((maps[0].shape[0], frames, h, w), len(maps), patch=2)
     counts = torch.tensor([float(g in groups) for g in range(3)])
     for step, values in enumerate(maps):
-        holder.record.add(step, values.flatten(1)[None] * counts[:, None, None], counts)
+        record.add(step, values[None] * counts[:, None, None, None, None], counts)
     return holder
 
 

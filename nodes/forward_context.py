@@ -21,8 +21,10 @@ BLOCK_KEY = "vsf_block"
 
 
 class RunFacts(Protocol):
-    """What a pass needs to know of its run."""
+    """What a pass needs to know of its run (``run.Run``)."""
 
+    family: Family
+    settings: Any
     blocks: tuple[Block, ...]
     selected: frozenset[Block]
     paths: set[str]
@@ -57,6 +59,10 @@ class ForwardContext:
     """Channels of the picture's attention over text; None where nothing else attends to it."""
     rows: Mapping[int, slice]
     """The rows of ``beta`` for each number of image tokens that blocks attend from."""
+    own: slice
+    """Those of the latent's tokens among the image's; the others are reference images'."""
+    kept: Tensor | None
+    """bool: which of the latent's tokens these are, where the model leaves some out."""
     taken: set[int]
     """Of families whose calls are told apart by it: how many keys the attentions over anything but text have."""
     reached: Tensor
@@ -110,9 +116,27 @@ class ForwardContext:
             return None
         return self.attention_mass[layer_of(position, len(self.run.blocks))], self.reached[2, position]
 
-    def acts_in(self, block: Block) -> bool:
-        """Whether the image sees N1 in this block."""
-        return block in self.run.selected and (self.released is None or block[0] in self.released.kinds)
+    def recorded(self, mass: Tensor) -> tuple[Tensor, Tensor]:
+        """After the pass: of its attention ``mass`` that of the latent's tokens, [layer groups, B, I], 0 where the
+        model left them out; and over how many blocks it is a sum, [layer groups]."""
+        counts = torch.zeros(len(LAYERS))
+        for position, block in enumerate(self.run.blocks):
+            reached, noted = self.reached[1:, position].tolist()
+            if block not in self.run.selected or (self.released is not None and block[0] not in self.released.kinds):
+                continue  # here the image does not see N1
+            counts[layer_of(position, len(self.run.blocks))] += noted
+            if noted < reached:
+                raise RuntimeError(
+                    f"VSF: VSF Record saw nothing of {block[0]} block {block[1]}: torch.compile took a graph of "
+                    "this block alone that it made without VSF Record. Compile the whole model instead, or remove "
+                    "VSF Record."
+                )
+        own = mass[:, :, self.own]
+        if self.kept is None:
+            return own, counts
+        whole = own.new_zeros(*own.shape[:2], len(self.kept))
+        whole[:, :, self.kept] = own
+        return whole, counts
 
     def real_tokens(self) -> Tensor:
         """int [B or 1]: how many of N's tokens are no padding."""
@@ -169,30 +193,24 @@ class BlockContext:
 
 
 def make_forward_context(
-    family: Family,
     run: RunFacts,
     batch: NegativeBatch,
     latent: Tensor,
     conds: Mapping[str, Any],
     diffusion_model: Any,
-    *,
     text: TextStream,
     backend: Backend,
-    released: Released | None,
-    method: Method,
-    affect_references: bool,
     recorded: bool,
 ) -> ForwardContext:
     """The context of a pass on ``latent`` with ``conds``, to which ``batch`` was added."""
+    family, settings = run.family, run.settings
     before, after = family.reference_tokens(conds, diffusion_model)
-    filling = family.image_padding(latent, diffusion_model)
-    kept = family.kept_tokens(latent, conds)
+    filling, kept = family.image_padding(latent, diffusion_model), family.kept_tokens(latent, conds)
     own = family.grid(latent) if kept is None else int(kept.sum())
-    is_padding = torch.isinf(batch.beta.float()[:, 0])
-    beta = _image_beta(family, batch, latent, kept, (before, after, filling), affect_references)
+    is_padding, released = torch.isinf(batch.beta.float()[:, 0]), settings.released_by(family)
+    beta = _image_beta(family, batch, latent, kept, (before, after, filling), settings.affect_references)
     all_selected = len(run.selected) == len(run.blocks)
     shape = len(LAYERS), latent.shape[0], before + own + after + filling
-    own_lengths = family.cross_attention or family.block_hook is None
     return ForwardContext(
         family=family,
         run=run,
@@ -203,12 +221,14 @@ def make_forward_context(
         nowhere=beta if all_selected else torch.full_like(beta, torch.inf),
         padding=is_padding if is_padding.shape[1] > 1 else None,
         released=released,
-        method=method.on(latent.device),
+        method=settings.arithmetic.on(latent.device),
         padding_as_text=is_padding.expand(-1, batch.length) if released is not None and batch.has_padding else None,
         backend=backend,
         width=family.attention_width(diffusion_model),
         rows=_rows(family.grids(latent), before + own, after, filling),
-        taken=family.other_sequence_lengths(latent, conds, diffusion_model) if own_lengths else set(),
+        own=slice(before, before + own),
+        kept=kept,
+        taken=family.lengths_to_avoid(latent, conds, diffusion_model),
         reached=torch.zeros(3, len(run.blocks), dtype=torch.int32),
         attention_mass=torch.zeros(shape, device=latent.device) if recorded else None,
     )

@@ -19,8 +19,8 @@ from .negative import Negative
 
 @dataclass(frozen=True)
 class View:
-    """What one prediction shows of a run's latent: the indices of its pictures, and of each one's frames, rows and
-    columns; ``size``: rows and columns of the whole."""
+    """What one prediction shows of a run's latent: the indices of its pictures (none where nothing tells), and of each
+    one's frames, rows and columns; ``size``: rows and columns of the whole."""
 
     pictures: tuple[int, ...]
     frames: tuple[int, ...]
@@ -40,6 +40,12 @@ class View:
         ComfyUI does with prompts."""
         if whole.shape[0] == 1:
             return whole
+        if not self.pictures:
+            raise RuntimeError(
+                f"VSF: another node samples some of the {batch} pictures at a time without saying which, and "
+                "negatives, masks or scales are here for one picture each. Remove that node, or use the same for "
+                "all pictures."
+            )
         return comfy.utils.repeat_to_batch_size(whole, batch)[list(self.pictures)]
 
 
@@ -80,8 +86,10 @@ class LatentMap:
             shown[window[0]] = window[1]
         elif x.shape[-2:] != self.shape[-2:]:  # a pack that changes the size on the way: the whole picture, in another
             shown[-2:] = map(range, x.shape[-2:])
-        lengths = [len(indices) for indices in shown]
-        if [*x.shape[:1], *x.shape[2:]] != [*lengths[:1], *lengths[2:]]:
+        if window is None or window[0] != 0:  # twice as many are the same pictures twice, as ComfyUI repeats them
+            shown[0] = [i % self.batch for i in range(x.shape[0])] if x.shape[0] % self.batch == 0 else []
+        lengths = [len(shown[0]) or x.shape[0], *map(len, shown[2:])]
+        if [x.shape[0], *x.shape[2:]] != lengths:
             raise RuntimeError(
                 f"VSF: this run shows a part {tuple(x.shape)} of its latent {self.shape} at a time without saying "
                 "which. VSF works with ComfyUI's own context windows; please report which node made these."

@@ -10,7 +10,7 @@ import comfy.conds
 import torch
 from torch import Tensor
 
-from ..vsf_core import LAYERS, Method, layer_of
+from ..vsf_core import Method
 from .blocks import Block, all_blocks, parse_blocks
 from .compiled import unwrapped
 from .families import Family, Released
@@ -262,32 +262,6 @@ class Run:
             f"reached {reached}, method {s.method.name}{_numbers(s.arithmetic)}, attention: "
             f"{', '.join(sorted(self.paths)) or 'compiled'}"
         )
-
-    def own_mass(self, forward: ForwardContext, latent: Tensor, before: int, conds: Mapping[str, Any]) -> Tensor:
-        """[layer groups, B, the latent's tokens]: the attention mass of a pass without that of reference images; 0 on
-        tokens that the model left out."""
-        assert forward.attention_mass is not None
-        total, kept = self.family.grid(latent), self.family.kept_tokens(latent, conds)
-        if kept is None:
-            return forward.attention_mass[:, :, before : before + total]
-        whole = forward.attention_mass.new_zeros(*forward.attention_mass.shape[:2], total)
-        whole[:, :, kept] = forward.attention_mass[:, :, before : before + int(kept.sum())]
-        return whole
-
-    def blocks_noted(self, forward: ForwardContext) -> Tensor:
-        """[layer groups]: over how many blocks ``own_mass`` is a sum."""
-        counts = torch.zeros(len(LAYERS))
-        for position, block in enumerate(self.blocks):
-            reached, noted = forward.reached[1:, position].tolist()
-            if forward.acts_in(block):
-                counts[layer_of(position, len(self.blocks))] += noted
-                if noted < reached:
-                    raise RuntimeError(
-                        f"VSF: VSF Record saw nothing of {block[0]} block {block[1]}: torch.compile took a graph of "
-                        "this block alone that it made without VSF Record. Compile the whole model instead, or remove "
-                        "VSF Record."
-                    )
-        return counts
 
     # -- after the last step ------------------------------------------------------------------------------------------
 

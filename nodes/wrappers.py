@@ -127,10 +127,11 @@ class VSFPatch:
         run.applied = True
         model, latent = executor.class_obj, first_latent(x, kwargs.get("latent_shapes"))
         compiled = self._is_compiled(model, transformer_options)
-        context, forward = self._joined(run, batch, model, latent, c_crossattn, transformer_options, kwargs, compiled)
+        if compiled:
+            batch = batch.padded(-batch.length % COMPILED_MULTIPLE)
+        context, forward = self._joined(run, batch, model, latent, c_crossattn, transformer_options, kwargs)
         kwargs = self._grown(kwargs, batch, forward, c_crossattn)
         options = patched_options(transformer_options, forward)
-        conds = kwargs
         if compiled:
             marked, kwargs = distinguish_graphs(PREFIX + forward.signature(), len(run.blocks), control, kwargs)
             # cross-attention models all pass the name on
@@ -140,10 +141,8 @@ class VSFPatch:
             result = executor(x, t, c_concat, context, control, options, **kwargs)
         run.verify(forward, compiled)
         if forward.attention_mass is not None:
-            before = self.family.reference_tokens(conds, diffusion_model)[0]
-            mass = run.own_mass(forward, latent, before, conds)
-            record = transformer_options[RECORD_KEY]
-            record.add(mass, run.blocks_noted(forward), latent, batch.view, run.latent_map, transformer_options)
+            seen = forward.recorded(forward.attention_mass)
+            transformer_options[RECORD_KEY].add(*seen, latent, batch.view, run.latent_map, transformer_options)
         return result
 
     def _is_compiled(self, model: Any, options: dict) -> bool:
@@ -156,51 +155,26 @@ class VSFPatch:
         return compiled
 
     def _joined(
-        self,
-        run: Run,
-        batch: NegativeBatch,
-        model: Any,
-        latent: Tensor,
-        positive: Tensor,
-        options: dict,
-        conds: dict,
-        compiled: bool,
+        self, run: Run, batch: NegativeBatch, model: Any, latent: Tensor, positive: Tensor, options: dict, conds: dict
     ) -> tuple[Tensor, ForwardContext]:
         """The text [N, P] that the model gets, and the context of its pass."""
         family, diffusion_model = self.family, unwrapped(model.diffusion_model)
-        multiple = family.text_multiple(diffusion_model)
-        if compiled:
-            batch = batch.padded(-batch.length % COMPILED_MULTIPLE)
-        if family.cross_attention or family.block_hook is None:
-            taken = family.other_sequence_lengths(latent, conds, diffusion_model)
-            batch = batch.padded_to_unique_length(positive.shape[1], taken, multiple)
+        multiple, taken = family.text_multiple(diffusion_model), family.lengths_to_avoid(latent, conds, diffusion_model)
+        batch = batch.padded_to_unique_length(positive.shape[1], taken, multiple) if taken else batch
         # ComfyUI's own next step is this cast; here it halves a copy
         dtype, released = model.get_dtype_inference(), self.settings.released_by(family)
         n = batch.tokens.to(positive.device, dtype)
         # N0 goes before P: text has no order here, and what is left of the sequence is then one contiguous view
         text = torch.cat([n, positive.to(dtype), *([n] if released is not None and released.copy else [])], dim=1)
-        recorded = RECORD_KEY in options
+        stream = TextStream(batch.length, text.shape[1] + -text.shape[1] % multiple, run.known, latent.device)
+        backend, recorded = run.backend(options, latent.device, model), RECORD_KEY in options
         if recorded and not self.settings.arithmetic.records:
             raise ValueError(
                 "VSF: VSF Record shows how much of the attention falls on the negative (1 - W), and method "
                 f"{self.settings.method.name} has no such part. Remove VSF Record, or set method to vsf on VSF Model "
                 "Patch."
             )
-        forward = make_forward_context(
-            family,
-            run,
-            batch,
-            latent,
-            conds,
-            diffusion_model,
-            text=TextStream(batch.length, text.shape[1] + -text.shape[1] % multiple, run.known, latent.device),
-            backend=run.backend(options, latent.device, model),
-            released=released,
-            method=self.settings.arithmetic,
-            affect_references=self.settings.affect_references,
-            recorded=recorded,
-        )
-        return text, forward
+        return text, make_forward_context(run, batch, latent, conds, diffusion_model, stream, backend, recorded)
 
     def _grown(self, conds: dict, batch: NegativeBatch, forward: ForwardContext, positive: Tensor) -> dict:
         """The conds besides the text, as they fit [N, P]: a mask over it, and the released pipeline's pooled text."""

@@ -138,6 +138,11 @@ class Family(ABC):
         others = (0, before, after, before + after, padding)
         return {count + more for count in self.grids(latent) for more in others}
 
+    def lengths_to_avoid(self, latent: Tensor, conds: Mapping[str, Any], diffusion_model: Any) -> set[int]:
+        """How many tokens a text must not have, so that each call can be told: none where blocks tell."""
+        told_by_length = self.cross_attention or self.block_hook is None
+        return self.other_sequence_lengths(latent, conds, diffusion_model) if told_by_length else set()
+
     def text_multiple(self, diffusion_model: Any) -> int:
         """The model fills its text up, at the end, to a multiple of so many tokens."""
         return 1

@@ -88,16 +88,17 @@ def test_an_override_made_anew_for_each_call_is_warned_of_once(pack, models, cap
 
 def test_each_device_has_a_backend_of_its_own(pack, models, monkeypatch):
     """Under MultiGPU one run has several: what serves one may not serve another."""
-    seams, asked = sys.modules[f"{pack.module.__name__}.nodes.seams"], []
+    run, asked = sys.modules[f"{pack.module.__name__}.nodes.run"], []
 
     def choose(options, device, dtype, head_dim):
         asked.append(device.type)
-        return types.SimpleNamespace(deaf=None)
+        return types.SimpleNamespace(ignores_mask=None)
 
-    monkeypatch.setattr(seams, "choose_backend", choose)
-    run, wrappers = types.SimpleNamespace(backends={}), pack.patch(models["sd3"]).get_all_wrappers
-    patch = wrappers(WrappersMP.APPLY_MODEL)[0].__self__
-    made = [patch._backend(run, {}, torch.device(name), models["sd3"].model) for name in ("cpu", "meta", "cpu")]
+    monkeypatch.setattr(run, "choose_backend", choose)
+    patch = pack.patch(models["sd3"]).get_all_wrappers(WrappersMP.APPLY_MODEL)[0].__self__
+    one = types.SimpleNamespace(backends={}, family=patch.family)
+    devices = (torch.device(name) for name in ("cpu", "meta", "cpu"))
+    made = [run.Run.backend(one, {}, device, models["sd3"].model) for device in devices]
     assert asked == ["cpu", "meta"] and made[0] is made[2] is not made[1]
 
 

@@ -349,7 +349,8 @@ def ours(pack):
     classes = [
         type(o) for o in gc.get_objects() if str(type(o).__module__).startswith(f"{pack.module.__name__}.nodes.")
     ]
-    names = ("Run", "Forward", "Place", "HostAttention", "VSFPatch", "Settings", "Negative")
+    names = ("Run", "ForwardContext", "BlockContext", "TextStream", "LatentMap", "NegativeBatch", "HostAttention")
+    names += ("VSFPatch", "Settings", "Negative")
     return {name: sum(c.__name__ == name for c in classes) for name in names}
 
 

@@ -390,3 +390,20 @@ def test_views(module):
         assert parts[dim] == ((1, 3, 5) if shape[2] == 3 and dim == 2 else (1, 3))
     handler.context_length = 100  # a step in which ComfyUI does not use them: the last window is still there
     assert whole.view(torch.zeros(4, 16, 6, 8, 10), options).columns == tuple(range(10))
+
+
+def test_some_pictures_at_a_time(pack):
+    """A pack that samples a batch one by one: right where all pictures share what they get, else an error."""
+    case, model = CASES["flux"], model_of("flux").clone()
+
+    def one_by_one(executor, m, conds, x, timestep, options):
+        made = [executor(m, conds, one, timestep[:1], options) for one in x.split(1)]
+        return [torch.cat(branch) for branch in zip(*made, strict=True)]
+
+    slow = model.clone()
+    slow.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.CALC_COND_BATCH, "a", one_by_one)
+    attached = pack.negative(case.prompt(), negative=case.negative(), mask=halves(128, 192))
+    assert_close(case.run(pack.patch(slow), attached, batch=3), case.run(pack.patch(model), attached, batch=3))
+    each = pack.negative(case.prompt(), negative=case.negative(), mask=torch.rand(3, 32, 32))
+    with pytest.raises(RuntimeError, match="some of the 3 pictures at a time"):
+        case.run(pack.patch(slow), each, batch=3)

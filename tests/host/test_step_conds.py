@@ -1,6 +1,7 @@
 """What a step's conds get of the negatives: masks in latent frames, and no more of them than is needed."""
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,13 +10,16 @@ from helpers import conditioning, load_qwen_image, sample, text
 
 @pytest.fixture(scope="module", name="module")
 def module_fixture(pack):
-    return importlib.import_module(pack.module.__name__ + ".nodes.negative")
+    names = ("latent_map", "negative", "negative_batch")
+    parts = [vars(importlib.import_module(f"{pack.module.__name__}.nodes.{name}")) for name in names]
+    return SimpleNamespace(**{name: value for part in parts for name, value in part.items()})
 
 
-def masks(module, groups, latent, window=None):
+def masks(module, groups, latent):
     """The masks that each entry gets, [b, m, (frames,) h, w]."""
-    made = module.step_conds(groups, (1.0,), 0.2, latent, window=window)
-    return [conds["vsf_mask"].cond for conds in made]
+    whole = module.LatentMap(latent.shape)
+    made = module.NegativeBatch.collate(groups, (1.0,), 0.2, whole, whole.view(latent, {}), latent)
+    return [conds.to_conds()["vsf_mask"].cond for conds in made]
 
 
 def in_time(module, mask, frames):

@@ -1,4 +1,4 @@
-"""Lets the unit tests import ``cases``."""
+"""Lets the unit tests import ``samples``."""
 
 import sys
 from pathlib import Path

@@ -2,7 +2,7 @@
 place. ``steer`` says how: NAG's formula or NASA's (``methods.py``).
 
 In joint attention, Z+ is over [I, P] and Z- over [I, N]: both grow by log-sum-exp out of one attention over I, so that
-nothing but two slivers is added. P's and N's own rows are those of two passes: each text sees the image and itself.
+nothing but two slivers is added.
 """
 
 from collections.abc import Callable

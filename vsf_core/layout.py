@@ -48,11 +48,8 @@ class TokenLayout:
         end = self.keys if keys else self.length
         merged: list[slice] = []
         for group, start, stop in (("P", 0, n), ("N", n, p), ("P", p, i), ("I", i, end)):
-            if group not in groups or start == stop:
-                continue
-            if merged and merged[-1].stop == start:
-                merged[-1] = slice(merged[-1].start, stop)
-            else:
+            if group in groups and start < stop:
+                start = merged.pop().start if merged and merged[-1].stop == start else start
                 merged.append(slice(start, stop))
         return merged
 

@@ -1,4 +1,5 @@
-// "Add VSF to this workflow": puts the two nodes between what a sampler gets and the sampler, as one step to undo.
+// "Add VSF to this workflow": puts VSF Model Patch and VSF Negative Conditioning between what a sampler gets and the
+// sampler, as one step to undo.
 
 import { app } from "../../scripts/app.js";
 import { comesFromOutside, places, rootGraph, sourceOf, upstream } from "./graph.js";

@@ -79,7 +79,8 @@ class VSFModelPatch(io.ComfyNode):
                     default=True,
                     optional=True,
                     tooltip="Models that take reference images (Flux Kontext, Flux.2, Qwen-Image-Edit, HunyuanVideo, "
-                    "Wan): whether the tokens of those see the negative too. Masks of negatives never apply to them.",
+                    "Wan and its VACE) or guides (LTX-Video, LTX-2): whether the tokens of those see the negative too. "
+                    "Masks, from_frame and to_frame of negatives never apply to them.",
                 ),
                 io.Combo.Input(
                     "method",

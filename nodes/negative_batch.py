@@ -105,9 +105,7 @@ class NegativeBatch:
         return self.tokens.shape[1]
 
     def padded(self, extra: int) -> "NegativeBatch":
-        """This with ``extra`` tokens of padding at the end of N, and a beta per token."""
-        if not extra:
-            return self
+        """This with ``extra`` tokens of padding at the end of N, maybe none, and a beta per token."""
         mask = self.mask
         if mask is not None:
             mask = mask.expand(-1, self.length, *(-1,) * (mask.ndim - 2))
@@ -130,7 +128,8 @@ class NegativeBatch:
         """
         n = self.length
         positive += -positive % multiple  # the model goes on filling up P alone if N before it comes out even
-        return self.padded(next(e for e in itertools.count(-n % multiple, multiple) if positive + n + e not in taken))
+        extra = next(e for e in itertools.count(-n % multiple, multiple) if positive + n + e not in taken)
+        return self.padded(extra) if extra else self
 
 
 def _is_masked(n: Negative, latent_map: LatentMap, affect_references: bool) -> bool:

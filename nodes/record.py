@@ -27,7 +27,8 @@ class Holder:
 
     def __init__(self, family: Family) -> None:
         self.family = family
-        self.records: dict[int, AttentionRecord] = {}
+        self.records = {0: AttentionRecord()}
+        """By the place in the list that a node works through; the first is of the first run."""
         self.by: ExecutionContext | None = None
         """What sampled first in the latest queue; None outside a server."""
         self.queues = 0
@@ -50,6 +51,11 @@ class Holder:
             self.picture = picture
         return ours
 
+    @property
+    def record(self) -> AttentionRecord:
+        """That of the first run of the latest queue."""
+        return next(iter(self.records.values()))
+
     def begin(self) -> AttentionRecord:
         """The record of a run that begins."""
         now = get_executing_context()
@@ -57,15 +63,15 @@ class Holder:
         if now is not None and self.by is not None and now.prompt_id == self.by.prompt_id:
             self.is_mixed = self.is_mixed or item in self.records or now.node_id != self.by.node_id
         else:
-            self.records, self.by, self.is_mixed, self.picture = {}, now, False, None
+            self.records, self.by, self.is_mixed, self.picture = {item: self.record}, now, False, None
             self.queues += 1
         return self.records.setdefault(item, AttentionRecord())
 
     def record_here(self) -> AttentionRecord | None:
         """The record of the run that made the list item at which ComfyUI is at work; None if there is none."""
         now = get_executing_context()
-        item = (now.list_index if now else None) or 0
-        return self.records.get(item if len(self.records) > 1 else next(iter(self.records), 0))
+        found = self.records.get((now.list_index if now else None) or 0) if len(self.records) > 1 else self.record
+        return found if found and found.runs else None
 
     def outer_sample(
         self,

@@ -96,9 +96,12 @@ def _keys_after(forward: ForwardContext, patches: list, q: Tensor, k: Tensor, v:
 def _check_keys(forward: ForwardContext, before: tuple, after: tuple, added: int, patches: list[Callable]) -> None:
     """Raises where the tokens are not in the order in which they were; what is added must come behind them all."""
     if added:
-        for old, new in zip(before, after, strict=True):
-            if not torch.equal(old, new[:, :, : old.shape[2]]):
-                raise lost("adds keys to the attention elsewhere than behind all others", patches)
+        old, new, n = before[1], after[1], forward.text.negative
+        if not all(torch.equal(o, a[:, :, : o.shape[2]]) for o, a in zip(before, after, strict=True)):
+            raise lost("adds keys to the attention elsewhere than behind all others", patches)
+        n = old[:, :, forward.text.start : forward.text.start + n, :1]  # a channel of each head tells keys apart
+        if (new[:, :, old.shape[2] :, :1] == n.mT).all(dim=1).any():
+            raise lost("adds keys of the negative to the attention once more", patches)
         return
     for old, new in zip(before, after, strict=True):
         rows = [t.transpose(1, 2).flatten(2) for t in (old, new)]

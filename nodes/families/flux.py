@@ -13,7 +13,7 @@ from .base import Family, Released
 
 
 class Flux(Family):
-    title = "Flux.1 (Schnell, Dev, Krea, Kontext, Fill)"
+    title = "Flux.1 (Schnell, Dev, Krea, Kontext, Fill, Ovis-Image)"
     model_classes = frozenset({"comfy.model_base.Flux"})
     text_encoders = (
         TextEncoder("flux", "Flux.1 (DualCLIPLoader of type flux)", "FluxClipModel", (T5,)),

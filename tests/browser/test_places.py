@@ -1,6 +1,7 @@
 """Where ComfyUI shows words and pictures of a pack: node search, help panel, template browser, and all in French."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "workflows" / "vsf_tiny_demo.json"
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+NO_PAGE_OF_ITS_OWN = re.compile(r"404.*/docs/VSF\w+/en\.md$")
+"""The frontend asks for a help page in its language first; a 404 makes it ask for the one that all languages share."""
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +24,8 @@ def tab(server, new_page):
     page.keyboard.press("Escape")
     yield page
     page.evaluate("() => app.extensionManager.setting.set('Comfy.Locale', 'en')")
-    assert [text for text in page.problems if "vsf" in text.lower()] == []
+    problems = [text for text in page.problems if "vsf" in text.lower()]
+    assert [text for text in problems if not NO_PAGE_OF_ITS_OWN.search(text)] == []
 
 
 def shot(tab, tmp_path_factory, name):
@@ -29,7 +33,7 @@ def shot(tab, tmp_path_factory, name):
 
 
 @pytest.mark.parametrize("alias", ["cfg 1", "NAG", "value sign flip"])
-def test_node_search_finds_both_nodes_by_alias(tab, tmp_path_factory, alias):
+def test_node_search_finds_patch_and_negative_by_alias(tab, tmp_path_factory, alias):
     tab.evaluate("() => app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
     tab.wait_for_function("() => document.activeElement?.tagName === 'INPUT'")
     tab.keyboard.type(alias)

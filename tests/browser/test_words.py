@@ -120,35 +120,15 @@ def test_every_input_and_output_has_a_tooltip_and_every_node_aliases(schema):
         assert {"negative prompt", "NAG", "cfg 1"} <= set(schema[name]["search_aliases"])
 
 
-def help_pages():
-    """Every help page: its node and its language, None for the one that languages without their own get."""
+def test_every_node_has_one_help_page():
+    """The frontend asks for a page in its language, then for the one that all languages share."""
     docs = ROOT / "js" / "docs"
-    paths = [path.relative_to(docs).with_suffix("") for path in sorted(docs.rglob("*.md"))]
-    return [(path.parts[0], path.parts[1] if len(path.parts) > 1 else None) for path in paths]
+    assert {path.relative_to(docs).as_posix() for path in docs.rglob("*.md")} == {f"{name}.md" for name in NODES}
 
 
-def test_help_is_there_in_english_and_for_every_other_language():
-    """The frontend asks for the page in its language, then for the one without: two places for the English page."""
-    pages = help_pages()
-    assert {language for _, language in pages} <= {None, *LANGUAGES}
-    for name in NODES:
-        assert {(name, None), (name, "en")} <= set(pages)
-        assert help_text(name, None) == help_text(name, "en")
-    assert {name for name, _ in pages} == NODES
-
-
-def help_text(name, language):
-    return (
-        (ROOT / "js" / "docs" / name / language if language else ROOT / "js" / "docs" / name)
-        .with_suffix(".md")
-        .read_text(encoding="utf-8")
-    )
-
-
-@pytest.mark.parametrize(("name", "language"), help_pages())
-def test_help_documents_every_input(schema, server, name, language):
-    where = f"{name}/{language}" if language else name
-    with urlopen(f"{server.address}/extensions/ComfyUI-VSF/docs/{where}.md") as answer:
+@pytest.mark.parametrize("name", sorted(NODES))
+def test_help_documents_every_input(schema, server, name):
+    with urlopen(f"{server.address}/extensions/ComfyUI-VSF/docs/{name}.md") as answer:
         page = answer.read().decode()
     cells = " ".join(line.split("|")[1] for line in page.splitlines() if line.startswith("|"))
     documented = set(re.findall(r"`(\w+)`", cells))

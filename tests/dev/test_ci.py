@@ -1,4 +1,5 @@
-"""GitHub's workflows, as far as they run here; actionlint, which `dev.py test` runs, checks their form."""
+"""GitHub's workflows, as far as they run here, and its form for bugs. actionlint, which `dev.py test` runs, checks the
+form of workflows alone."""
 
 import json
 import os
@@ -37,6 +38,19 @@ def test_what_they_use_and_name_is_there():
     paths = [path for text in TEXTS.values() for path in re.findall(r"(?<=\s)(?:pack/)?(tests/[\w./]+)", text)]
     assert len(paths) >= 6 and all((ROOT / path).exists() for path in paths)
     assert set(JOBS["tests"]["versions"]["strategy"]["matrix"]["comfyui"]) == set(CARRIER_VERSIONS)
+
+
+def test_the_form_for_bugs_asks_for_what_a_bug_needs():
+    folder = ROOT / ".github" / "ISSUE_TEMPLATE"
+    form, config = (yaml.safe_load((folder / name).read_text(encoding="utf-8")) for name in ("bug.yml", "config.yml"))
+    asked = [field for field in form["body"] if field["type"] != "markdown"]
+    assert all(field["type"] in ("textarea", "input") and field["attributes"]["label"] for field in asked)
+    needed = [field["id"] for field in asked if field.get("validations", {}).get("required")]
+    assert needed == ["what", "log", "comfyui", "pack", "model", "packs", "workflow"]
+    headings = re.findall(r"^#+ (.+)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    anchors = {heading.lower().replace(" ", "-") for heading in headings}
+    for text in (*(link["url"] for link in config["contact_links"]), form["body"][0]["attributes"]["value"]):
+        assert set(re.findall(r"ComfyUI-VSF#([\w-]+)", text)) <= anchors
 
 
 def test_what_is_published_was_tested_and_the_token_goes_nowhere_else():

@@ -1,5 +1,6 @@
-"""What README and docs tell people: Python blocks run or are what the file that they name says, commands are taken,
-citations are whole, and links lead somewhere. `dev.py demo` itself runs in test_demo.py; `dev.py test` runs this."""
+"""What README, CONTRIBUTING and docs tell people: Python blocks run or are what the file that they name says, commands
+are taken, citations are whole, and links lead somewhere. `dev.py demo` itself runs in test_demo.py; `dev.py test` runs
+this."""
 
 import importlib
 import os
@@ -13,9 +14,8 @@ from textwrap import dedent
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TEXTS = {
-    path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-}
+NAMED = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+TEXTS = {path.name: path.read_text(encoding="utf-8") for path in NAMED}
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "js" / "docs").rglob("*.md")]
 FENCED = re.compile(r"^( *)```([^`\n]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 BLOCKS = [(page, kind, dedent(block)) for page, text in TEXTS.items() for _, kind, block in FENCED.findall(text)]
@@ -98,8 +98,6 @@ def test_links_and_pictures_are_there(path):
         if not re.match(r"https?://", link):
             file, _, anchor = link.partition("#")
             target = path.parent / file if file else path
-            if "js" in path.parts:  # a help page: ComfyUI serves them all from one folder, whatever their language
-                target = ROOT / "js" / "docs" / file
             assert target.exists(), link
             assert not anchor or anchor in anchors(target), link
 

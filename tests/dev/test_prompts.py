@@ -33,7 +33,7 @@ def server(comfyui, tiny_models):
 
 
 def valid(rng, family):
-    """A graph with both nodes, whose settings are anything they may be."""
+    """A graph with VSF Model Patch and VSF Negative Conditioning, whose settings are anything they may be."""
     graph = stock(family, rng.randrange(3), rng.randint(1, 2))
     window = rng.choice([(0.0, 1.0), (0.0, 0.2), (0.5, 1.0)])
     graph["patch"] = node(

@@ -31,7 +31,7 @@ def filled(holder, maps, size, groups=(0, 1, 2)):
     record.begin((maps[0].shape[0], frames, h, w), len(maps), patch=2)
     counts = torch.tensor([float(g in groups) for g in range(3)])
     for step, values in enumerate(maps):
-        record.add(step, values[None] * counts[:, None, None, None, None], counts)
+        record.add(step, values[None] * counts.view(3, 1, 1, 1, 1), counts)
     return holder
 
 

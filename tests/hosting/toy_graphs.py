@@ -57,7 +57,7 @@ def stock(family: str, seed: int = 1, batch: int = 1) -> Prompt:
 
 
 def with_vsf(graph: Prompt, text: str = "a roof", **settings: Any) -> Prompt:
-    """The graph with both nodes in it; ``settings`` are the patch's."""
+    """The graph with VSF Model Patch and VSF Negative Conditioning in it; ``settings`` are the patch's."""
     patch = {"scale": 3.3, "offset": 0.2, **settings}
     sampler = {**graph["sample"]["inputs"], "model": ["patch", 0], "positive": ["negative", 0]}
     return {

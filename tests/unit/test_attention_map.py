@@ -74,3 +74,17 @@ def test_record_means():
     assert record.mean("early").flatten().tolist() == [2.0, pytest.approx((1 + 3 + 10) / 3)]
     with pytest.raises(ValueError, match=r"attention mass of shape \(3, 1, 2, 1, 1\), got \(3, 2, 2, 1, 1\)"):
         record.add(1, torch.ones(3, 2, 2, 1, 1), torch.ones(3))
+
+
+def test_windows_of_a_record():
+    """What is shown twice is a mean of both; what begins inside a token of the whole cannot be placed."""
+    record = AttentionRecord()
+    record.begin((2, 1, 4, 6), steps=1, patch=2)
+    for columns, value in (([0, 1, 2, 3], 1.0), ([2, 3, 4, 5], 3.0)):
+        record.add(0, torch.full((3, 1, 1, 2, 2), value), torch.ones(3), at=([1], [0], range(4), columns))
+    assert record.mean()[1, 0].tolist() == [[1.0, 2.0, 3.0]] * 2
+    assert not record.mean()[0].any()
+    record.add(0, torch.full((3, 2, 1, 2, 3), 4.0), torch.ones(3), at=([1, 1], [0], range(4), range(6)))
+    assert record.mean()[1, 0, 0].tolist() == pytest.approx([(1 + 8) / 3, (1 + 3 + 8) / 4, (3 + 8) / 3])
+    with pytest.raises(ValueError, match="begins at latent pixel 1, inside a token"):
+        record.add(0, torch.ones(3, 1, 1, 2, 2), torch.ones(3), at=([0], [0], range(4), [1, 2, 3, 4]))

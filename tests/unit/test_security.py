@@ -13,6 +13,7 @@ HARMLESS = {
     "collections",
     "comfy",
     "comfy_api",
+    "comfy_execution",
     "contextlib",
     "dataclasses",
     "functools",

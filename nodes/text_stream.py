@@ -36,7 +36,7 @@ class TextStream:
         self.strangers: Sequence[Callable] = ()
         """Patches of others that get the text in or between blocks."""
         self.copies = False
-        """Whether what goes into a patch is copied: in a run's first pass, since a patch may write into what it gets."""
+        """Whether what goes into a patch is copied: in a run's first pass, since some write into what they get."""
         self._entered: tuple[int, int] | None = None
 
     def hold(self, text: Tensor, start: int | None = None) -> None:

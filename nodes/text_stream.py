@@ -27,14 +27,18 @@ class TextStream:
 
     def __init__(self, negative: int, count: int, known: Known, device: torch.device) -> None:
         self.negative, self.given, self.known = negative, count, known
-        self.start, self.count, self.leading = 0, count, 0
-        self.in_one_piece = True
-        """Whether P still follows N, as it was given to the model."""
         self.moved = torch.zeros(1, dtype=torch.bool, device=device)
         """Set by a compiled graph, which cannot look for N, where N is not where it was."""
-        self._held: Tensor | None = None
         self.strangers: Sequence[Callable] = ()
         """Patches of others that get the text in or between blocks."""
+        self.begin()
+
+    def begin(self) -> None:
+        """The model starts, maybe once more in this pass."""
+        self.start, self.count, self.leading = 0, self.given, 0
+        self.in_one_piece = True
+        """Whether P still follows N, as it was given to the model."""
+        self._held: Tensor | None = None
         self._entered: tuple[int, int] | None = None
 
     def hold(self, text: Tensor, start: int | None = None) -> None:
@@ -71,6 +75,12 @@ class TextStream:
             self.follow(text, ("before", block), self.strangers)
         self._entered = self.start, text.shape[1]
         return self.start
+
+    def enter_again(self, text: Tensor, given: Tensor, start: int) -> None:
+        """A patch around a block runs it on ``text``: on what the block was ``given``, where N stood at ``start``, or on
+        what came out when it ran it before."""
+        if text is not self._held:
+            self.hold(given, start)
 
     def leave_block(self, text: Tensor | None) -> None:
         """Keep the ``text`` that comes out of a block; None: the next one gets what this one got."""

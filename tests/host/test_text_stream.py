@@ -7,9 +7,10 @@ import pytest
 import torch
 from cases import CASES, model_of
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_flux import FluxKVCache
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
-from helpers import assert_close, load_flux, only_rounded
+from helpers import assert_close, load_flux, load_sd3, only_rounded
 from oracle import oracle_model
 
 X = 9
@@ -398,3 +399,51 @@ def test_text_after_a_block(pack):
 
     with pytest.raises(RuntimeError, match="reversed_text"):
         case.run(apply(pack.patch(model), reversed_text), pack.negative(case.prompt(), negative=case.negative()))
+
+
+# -- the whole model, or a block, more than once -----------------------------------------------------------------------
+
+
+def around_the_model(model, wrapper):
+    wrapped = model.clone()
+    wrapped.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "another pack", wrapper)
+    return wrapped
+
+
+@pytest.mark.parametrize("name", ["flux", "hunyuan 1.5", "wan", "z-image"])
+@pytest.mark.parametrize("where", ["front", "behind"])
+def test_tokens_around_the_whole_model_are_named(pack, name, where):
+    """A wrapper puts tokens into the text before the model embeds it."""
+    case = CASES[name]
+
+    def adds_tokens(executor, x, timestep, context, *args, **kw):
+        return executor(x, timestep, placed(context, style(context), where, context.shape[1]), *args, **kw)
+
+    model = around_the_model(pack.patch(model_of(name)), adds_tokens)
+    with pytest.raises(RuntimeError, match=r"adds_tokens\) puts tokens into the text of the whole model"):
+        case.run(model, pack.negative(case.prompt(), negative=case.negative()))
+
+
+@pytest.mark.parametrize("name", ["chroma", "hunyuan", "hunyuan 1.5", "z-image", "cosmos"])
+def test_a_model_that_runs_twice_in_a_pass(pack, name):
+    case, model = CASES[name], model_of(name)
+
+    def twice(executor, *args, **kw):
+        return (executor(*args, **kw) + executor(*args, **kw)) / 2
+
+    result, _ = compared(pack, case, model, lambda m: around_the_model(m, twice))
+    once = case.run(pack.patch(model), pack.negative(case.prompt(), negative=case.negative()))
+    assert_close(result, once)
+
+
+def test_a_block_that_runs_twice(pack):
+    """On what it was given, both times; it makes of the text something else altogether."""
+    case, model = CASES["sd3"], load_sd3()
+    with torch.no_grad():
+        model.model.diffusion_model.joint_blocks[1].context_block.mlp.fc2.weight *= 3e4
+
+    def twice(args, extra):
+        first, again = (extra["original_block"](args) for _ in range(2))
+        return {name: (value + again[name]) / 2 for name, value in first.items()}
+
+    compared(pack, case, model, lambda m: with_block_patch(m, twice))

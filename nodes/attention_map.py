@@ -80,12 +80,23 @@ class VSFAttentionMap(io.ComfyNode):
         opacity: float = 0.8,
         normalize: str = "shared",
     ) -> io.NodeOutput:
-        for name, value, known in (
-            ("steps", steps, STEPS),
-            ("layers", layers, ("all", *LAYERS)),
-            ("normalize", normalize, SCALES),
-        ):
-            one_of(name, value, known)
+        one_of("steps", steps, STEPS)
+        one_of("layers", layers, ("all", *LAYERS))
+        one_of("normalize", normalize, SCALES)
+        record = cls._record(map)
+        shown = list(range(record.steps)) if steps == "each" else [None]
+        maps = torch.cat([_per_picture(record.mean(layers, step), image) for step in shown])
+        values = record.fitted(maps, image.shape[1], image.shape[2])
+        peaks = values.amax(dim=(1, 2), keepdim=True)
+        top = {"shared": peaks.amax(), "each": peaks, "0 to 1": torch.ones(())}[normalize]
+        values = values / torch.where(top > 0, top, 1.0)
+        picture = image[..., :3].float().cpu().repeat(len(shown), 1, 1, 1)
+        summary, overlay = _summary(record, layers, maps), laid_over(picture, values, opacity)
+        return io.NodeOutput(heat_colors(values), overlay, summary, ui=ui.PreviewText(summary))
+
+    @classmethod
+    def _record(cls, map: Holder) -> AttentionRecord:
+        """That of the picture's run."""
         record = map.record_here()
         if record is None:
             raise ValueError(
@@ -103,17 +114,7 @@ class VSFAttentionMap(io.ComfyNode):
                 "this picture. Use one VSF Record for each sampler, and none before a node that samples several times "
                 "(a tiled upscaler)."
             )
-        shown = list(range(record.steps)) if steps == "each" else [None]
-        maps = torch.cat([_per_picture(record.mean(layers, step), image) for step in shown])
-        values = record.fitted(maps, image.shape[1], image.shape[2])
-        peaks = values.amax(dim=(1, 2), keepdim=True)
-        top = {"shared": peaks.amax(), "each": peaks, "0 to 1": torch.ones(())}[normalize]
-        values = values / torch.where(top > 0, top, 1.0)
-        picture = image[..., :3].float().repeat(len(shown), 1, 1, 1)
-        summary = _summary(record, layers, maps)
-        return io.NodeOutput(
-            heat_colors(values), laid_over(picture.cpu(), values, opacity), summary, ui=ui.PreviewText(summary)
-        )
+        return record
 
     @classmethod
     def _picture(cls) -> str | None:

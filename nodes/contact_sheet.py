@@ -62,12 +62,9 @@ class VSFContactSheet(io.ComfyNode):
 def _tiled(cells: list[Tensor], columns: int) -> Tensor:
     """[frames, height, width, 3]: ``cells`` [frames, h, w, 3] row by row on white, ``GAP`` pixels apart."""
     cells = cells + [torch.ones_like(cells[0])] * (-len(cells) % columns)
-    rows = [torch.cat([_with_gap(c) for c in cells[i : i + columns]], dim=2) for i in range(0, len(cells), columns)]
+    cells = [F.pad(cell, (0, 0, 0, GAP, 0, GAP), value=1.0) for cell in cells]
+    rows = [torch.cat(cells[i : i + columns], dim=2) for i in range(0, len(cells), columns)]
     return F.pad(torch.cat(rows, dim=1), (0, 0, GAP, 0, GAP, 0), value=1.0)
-
-
-def _with_gap(cell: Tensor) -> Tensor:
-    return F.pad(cell, (0, 0, 0, GAP, 0, GAP), value=1.0)
 
 
 def _label(text: str, width: int) -> Tensor:
@@ -76,7 +73,6 @@ def _label(text: str, width: int) -> Tensor:
     while size > SMALLEST_FONT and ImageFont.load_default(size).getlength(text) > width:
         size -= 1
     strip = Image.new("RGB", (width, largest * 3 // 2), "white")
-    ImageDraw.Draw(strip).text(
-        (width // 2, strip.height // 2), text, "black", ImageFont.load_default(size), anchor="mm"
-    )
+    middle, font = (width // 2, strip.height // 2), ImageFont.load_default(size)
+    ImageDraw.Draw(strip).text(middle, text, "black", font, anchor="mm")
     return torch.from_numpy(np.array(strip))[None].float() / 255

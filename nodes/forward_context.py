@@ -28,6 +28,7 @@ class RunFacts(Protocol):
     blocks: tuple[Block, ...]
     selected: frozenset[Block]
     paths: set[str]
+    reported: bool
 
 
 @dataclass(eq=False)

@@ -50,13 +50,12 @@ def _of_class(prompt: dict, kind: str) -> list[str]:
 
 def _edges(prompt: dict) -> dict[str, set[str]]:
     """The nodes that each node takes something from."""
-    return {node: _sources(spec) & prompt.keys() for node, spec in prompt.items()}
-
-
-def _sources(node: object) -> set[str]:
-    inputs = node.get("inputs") if isinstance(node, dict) else None
-    values = inputs.values() if isinstance(inputs, dict) else ()
-    return {str(v[0]) for v in values if isinstance(v, list) and len(v) == 2}
+    edges = {}
+    for node, spec in prompt.items():
+        inputs = spec.get("inputs") if isinstance(spec, dict) else None
+        values = inputs.values() if isinstance(inputs, dict) else ()
+        edges[node] = {str(v[0]) for v in values if isinstance(v, list) and len(v) == 2} & prompt.keys()
+    return edges
 
 
 def _closure(starts: Iterable[str], edges: dict[str, set[str]]) -> set[str]:

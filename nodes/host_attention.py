@@ -48,6 +48,9 @@ class HostAttention:
         self.given = q, k, v
         self.heads, self.mask = heads, mask
         self.has_heads, self.keeps_heads = skip_reshape, skip_output_reshape
+        self.queries, self.keys = (t.shape[2 if skip_reshape else 1] for t in (q, k))
+        self.width = q.shape[-1] * (heads if skip_reshape else 1)
+        """Channels of all heads."""
         self.options: dict = kwargs["transformer_options"]
         self.scale: float | None = kwargs.get("scale")
         self.name: str = getattr(previous or func, "__name__", "override")
@@ -57,19 +60,6 @@ class HostAttention:
         options = options if previous is None else {**options, OVERRIDE: previous}
         self.kwargs = {**kwargs, "attn_precision": attn_precision, "transformer_options": options}
         self.run = func if previous is None else partial(previous, func)
-
-    @property
-    def queries(self) -> int:
-        return self.given[0].shape[2 if self.has_heads else 1]
-
-    @property
-    def keys(self) -> int:
-        return self.given[1].shape[2 if self.has_heads else 1]
-
-    @property
-    def width(self) -> int:
-        """Channels of all heads."""
-        return self.heads * self.given[0].shape[-1] if self.has_heads else self.given[0].shape[-1]
 
     def unchanged(self) -> Tensor:
         """The call as it was going to be."""

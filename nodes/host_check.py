@@ -2,33 +2,25 @@
 
 import logging
 from importlib import import_module
+from itertools import takewhile
 
 log = logging.getLogger(__name__)
 
 OLDEST = (0, 16, 3)
 """The oldest ComfyUI that the pack is tested on."""
 
-NEEDED = (
-    ("comfy.patcher_extension", "WrappersMP.OUTER_SAMPLE"),
-    ("comfy.patcher_extension", "WrappersMP.CALC_COND_BATCH"),
-    ("comfy.patcher_extension", "WrappersMP.APPLY_MODEL"),
-    ("comfy.conds", "CONDRegular"),
-    ("comfy.conds", "CONDConstant"),
-    ("comfy.conds", "CONDNoiseShape"),
-    ("comfy.ldm.modules.attention", "optimized_attention"),
-    ("comfy.model_management", "InterruptProcessingException"),
-    ("comfy.model_management", "OOM_EXCEPTION"),
-    ("comfy.nested_tensor", "NestedTensor"),
-    ("comfy.utils", "repeat_to_batch_size"),
-    ("comfy.utils", "unpack_latents"),
-    ("comfy.latent_formats", "Wan21"),
-    ("comfy_execution.utils", "ExecutionContext"),
-    ("comfy_execution.utils", "get_executing_context"),
-    ("comfy_api.latest", "ComfyExtension"),
-    ("comfy_api.latest", "io.ComfyNode"),
-    ("comfy_api.latest", "ui.PreviewText"),
-)
-"""Module and attribute of each thing of ComfyUI's that is used by name."""
+NEEDED = {
+    "comfy.patcher_extension": ("WrappersMP.OUTER_SAMPLE", "WrappersMP.CALC_COND_BATCH", "WrappersMP.APPLY_MODEL"),
+    "comfy.conds": ("CONDRegular", "CONDConstant", "CONDNoiseShape"),
+    "comfy.ldm.modules.attention": ("optimized_attention",),
+    "comfy.model_management": ("InterruptProcessingException", "OOM_EXCEPTION"),
+    "comfy.nested_tensor": ("NestedTensor",),
+    "comfy.utils": ("repeat_to_batch_size", "unpack_latents"),
+    "comfy.latent_formats": ("Wan21",),
+    "comfy_execution.utils": ("ExecutionContext", "get_executing_context"),
+    "comfy_api.latest": ("ComfyExtension", "io.ComfyNode", "ui.PreviewText"),
+}
+"""By module, the attributes of each thing of ComfyUI's that is used by name."""
 
 
 def is_supported() -> bool:
@@ -54,7 +46,7 @@ def _problem() -> str | None:
     oldest = ".".join(map(str, OLDEST))
     if () < _numbers(stated or "") < OLDEST:
         return f"ComfyUI-VSF needs ComfyUI {oldest} or newer, and this is {stated}: update ComfyUI."
-    missing = [f"{module}.{name}" for module, name in NEEDED if not _has(module, name)]
+    missing = [f"{module}.{name}" for module, names in NEEDED.items() for name in names if not _has(module, name)]
     if missing:
         return (
             f"ComfyUI-VSF needs {', '.join(missing)}, which this ComfyUI ({stated or 'of unknown version'}) does not "
@@ -70,12 +62,7 @@ def _version() -> str | None:
 
 def _numbers(version: str) -> tuple[int, ...]:
     """The leading numbers of a version: 0.3.60 is (0, 3, 60), 0.31.0rc1 is (0, 31); none where it is no version."""
-    numbers: list[int] = []
-    for part in version.split("."):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
+    return tuple(map(int, takewhile(str.isdigit, version.split("."))))
 
 
 def _has(module: str, name: str) -> bool:

@@ -7,7 +7,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from . import checks
-from .encode import EncodedPrompt, encode_negative, extra_of, scheduled_part
+from .encode import encode_negative, extra_of, scheduled_part
 from .negative import KEY, Negative, negatives_of
 
 log = logging.getLogger(__name__)
@@ -134,7 +134,9 @@ def _from_text(positive: list, clip: Any, text: str, extrapolation: float, where
         e.during: Negative(checks.embedding(e.tokens), **where, encoder=e.encoder, pooled=e.pooled, extra=e.extra)
         for e in encoded
     }
-    return io.NodeOutput(_attach(positive, made), ui=ui.PreviewText(_describe(encoded[0])))
+    lines = [f"{name}: {' · '.join(words)}" for name, words in encoded[0].words.items()]
+    shown = "\n".join([f"pushes away {encoded[0].count} tokens", *lines])
+    return io.NodeOutput(_attach(positive, made), ui=ui.PreviewText(shown))
 
 
 def _as_given(positive: list, negative: list, where: dict) -> io.NodeOutput:
@@ -177,8 +179,3 @@ def _without_padding(negative: list) -> torch.Tensor:
     if tokens.shape[1] == 0:
         raise ValueError("VSF: negative has no token left once its padding is removed. Give it some text.")
     return tokens
-
-
-def _describe(encoded: EncodedPrompt) -> str:
-    lines = [f"{name}: {' · '.join(words)}" for name, words in encoded.words.items()]
-    return "\n".join([f"pushes away {encoded.count} tokens", *lines])

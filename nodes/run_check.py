@@ -1,6 +1,6 @@
 """What a run was given, checked before its first step."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .families import Family
 from .latent_map import LatentMap, in_frames
-from .negative import negatives_of
+from .negative import Negative, negatives_of
 
 
 def check_negatives(
@@ -26,23 +26,7 @@ def check_negatives(
     """
     widths = family.negative_widths(diffusion_model)
     for negative in (n for entry in entries for n in negatives_of(entry)):
-        if negative.encoder is not None and negative.encoder not in family.encoders:
-            raise ValueError(
-                f'VSF: the negative was made by a text encoder of type "{negative.encoder}", but this model '
-                f"({family.title}) takes {' or '.join(sorted(family.encoders))}. Connect the CLIP that "
-                "encodes this model's positive prompt to VSF Negative Conditioning."
-            )
-        if negative.tokens.shape[-1] not in widths:
-            raise ValueError(
-                f"VSF: the negative's embedding is {negative.tokens.shape[-1]} wide, but this model "
-                f"({family.title}) takes {' or '.join(map(str, sorted(widths)))}. Encode it with this model's own "
-                "text encoder."
-            )
-        if not torch.isfinite(negative.tokens.to(dtype)).all():
-            raise ValueError(
-                f"VSF: the negative's embedding has values that {dtype}, in which this model runs, cannot hold. "
-                "Lower its weights, like (word:1.3), or its extrapolation."
-            )
+        _check_embedding(negative, family, widths, dtype)
         if latent_map.is_video and not any(in_frames(negative.frames, latent_map.frames)):
             raise ValueError(
                 f"VSF: none of this video's {latent_map.frames} latent frames lies between the negative's from_frame "
@@ -55,28 +39,46 @@ def check_negatives(
         _check_pooled(entries, dtype)
 
 
+def _check_embedding(negative: Negative, family: Family, widths: Collection[int], dtype: torch.dtype) -> None:
+    if negative.encoder is not None and negative.encoder not in family.encoders:
+        raise ValueError(
+            f'VSF: the negative was made by a text encoder of type "{negative.encoder}", but this model '
+            f"({family.title}) takes {' or '.join(sorted(family.encoders))}. Connect the CLIP that encodes this "
+            "model's positive prompt to VSF Negative Conditioning."
+        )
+    width = negative.tokens.shape[-1]
+    if width not in widths:
+        raise ValueError(
+            f"VSF: the negative's embedding is {width} wide, but this model ({family.title}) takes "
+            f"{' or '.join(map(str, sorted(widths)))}. Encode it with this model's own text encoder."
+        )
+    if not torch.isfinite(negative.tokens.to(dtype)).all():
+        raise ValueError(
+            f"VSF: the negative's embedding has values that {dtype}, in which this model runs, cannot hold. "
+            "Lower its weights, like (word:1.3), or its extrapolation."
+        )
+
+
 def _check_pooled(entries: Sequence[dict], dtype: torch.dtype) -> None:
-    for entry in entries:
-        negatives, pooled = negatives_of(entry), entry.get("pooled_output")
+    mixes = "VSF: layout released mixes the negative's pooled embedding into the positive's here"
+    for negatives, pooled in ((negatives_of(entry), entry.get("pooled_output")) for entry in entries):
         if not negatives:
             continue
         given = negatives[0].pooled
         if len(negatives) > 1 or given is None:
             raise ValueError(
-                "VSF: layout released mixes the pooled embedding of one negative into the positive's here. "
-                "Use one VSF Negative Conditioning with text (or a negative that has a pooled output), or layout "
-                "paper."
+                "VSF: layout released mixes the pooled embedding of one negative into the positive's here. Use one VSF "
+                "Negative Conditioning with text (or a negative that has a pooled output), or layout paper."
             )
         if pooled is None:
             raise ValueError(
-                "VSF: layout released mixes the negative's pooled embedding into the positive's here, but the positive "
-                "has no pooled output. Encode it with this model's own text encoder, or use layout paper."
+                f"{mixes}, but the positive has no pooled output. Encode it with this model's own text encoder, or use "
+                "layout paper."
             )
         if given.shape[-1] != pooled.shape[-1]:
             raise ValueError(
-                "VSF: layout released mixes the negative's pooled embedding into the positive's here, but it is "
-                f"{given.shape[-1]} wide and the positive's {pooled.shape[-1]}. Encode both with this model's "
-                "own text encoder, or use layout paper."
+                f"{mixes}, but it is {given.shape[-1]} wide and the positive's {pooled.shape[-1]}. Encode both with "
+                "this model's own text encoder, or use layout paper."
             )
         if not torch.isfinite(given.to(dtype)).all():
             raise ValueError(

@@ -25,9 +25,11 @@ def text_followed(options: dict, forward: ForwardContext) -> dict:
         for name, (before, after) in _brackets(forward.family).items()
         if patches.get(name)
     }
-    options = {**options, "patches": {**patches, **bracketed}} if bracketed else options
     wrappers = options.get("wrappers", {})
-    if not (around := wrappers.get(MODEL, {})):
+    around = wrappers.get(MODEL, {})
+    forward.text.copies = not forward.run.reported and bool(forward.text.strangers or bracketed)
+    options = {**options, "patches": {**patches, **bracketed}} if bracketed else options
+    if not around:
         return options
     ours = _model_begins(forward, [wrapper for some in around.values() for wrapper in some])
     return {**options, "wrappers": {**wrappers, MODEL: {"vsf_before": ours[:1], **around, "vsf_after": ours[1:]}}}

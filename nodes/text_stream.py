@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Known = dict[tuple, tuple[int, bool]]
-"""Of a run: (stage, N's first token going in, tokens going in, tokens coming out) -> N's first token coming out, and
-whether P still follows N as it did."""
+"""Of a run: (stage, whether the very tensor that went in comes out, N's first token going in, tokens going in, tokens
+coming out) -> N's first token coming out, and whether P still follows N as it did."""
 
 ALIKE, ALIKE_IN_PLACE = 0.9, 0.5
 """Mean cosine from which rows whose values a patch has changed are still taken for N's: anywhere, and where N was."""
@@ -31,6 +31,8 @@ class TextStream:
         """Set by a compiled graph, which cannot look for N, where N is not where it was."""
         self.strangers: Sequence[Callable] = ()
         """Patches of others that get the text in or between blocks."""
+        self.copies = False
+        """Whether what goes into a patch is copied: in a run's first pass, since a patch may write into what it gets."""
         self.begin()
 
     def begin(self) -> None:
@@ -38,12 +40,13 @@ class TextStream:
         self.start, self.count, self.leading = 0, self.given, 0
         self.in_one_piece = True
         """Whether P still follows N, as it was given to the model."""
-        self._held: Tensor | None = None
+        self._held: tuple[Tensor, Tensor] | None = None
+        """What went into a patch, and that or a copy of it."""
         self._entered: tuple[int, int] | None = None
 
     def hold(self, text: Tensor, start: int | None = None) -> None:
         """Keep ``text`` [B, tokens, C] as it goes into a patch; ``start``: where N is known to stand."""
-        self._held, self.count = text, text.shape[1]
+        self._held, self.count = (text, text.clone() if self.copies else text), text.shape[1]
         if start is not None:
             self.start = start
 
@@ -52,10 +55,12 @@ class TextStream:
 
         Raises ``RuntimeError`` that names the patches where N is gone, there twice, or cannot be told.
         """
-        held, self._held = self._held, None
-        if held is None or text is held:
+        if self._held is None:
             return self.start
-        key = stage, self.start, held.shape[1], text.shape[1]
+        (given, held), self._held = self._held, None
+        key = stage, text is given, self.start, held.shape[1], text.shape[1]
+        if text is held and key not in self.known:
+            return self.start
         if torch.compiler.is_compiling():
             self._check_unmoved(held, text, patches)
         else:
@@ -79,7 +84,7 @@ class TextStream:
     def enter_again(self, text: Tensor, given: Tensor, start: int) -> None:
         """A patch around a block runs it on ``text``: on what the block was ``given``, where N stood at ``start``, or on
         what came out when it ran it before."""
-        if text is not self._held:
+        if self._held is None or text is not self._held[0]:
             self.hold(given, start)
 
     def leave_block(self, text: Tensor | None) -> None:

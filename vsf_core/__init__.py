@@ -9,53 +9,10 @@ where ``Z+``/``lse+`` are the ordinary attention and its log-sum-exp over the po
 the negative ones. This package is torch only: it knows nothing of ComfyUI and is usable from a plain script.
 """
 
-from .attention import (
-    cross_attention,
-    cross_attention_masked,
-    joint_attention,
-    joint_attention_masked,
-    merge_negative_,
-)
+from .attention import NegativeTerms
 from .attention_map import LAYERS, AttentionRecord, layer_of
 from .backends import Attention, AttentionBackend, LSEAttention, lse_attention
 from .embeddings import content_length, extrapolate, null_embedding
-from .guidance import cross_attention_guided, joint_attention_guided, joint_attention_guided_masked
 from .layout import TokenLayout, padding_mask, unless_all
-from .methods import NAG, NASA, VSF, Guidance, Method, NegativeTerms, attend_cross, attend_joint, way_of
+from .methods import NAG, NASA, VSF, Guidance, Method, attend_cross, attend_joint, way_of
 from .reference import cross_attention_reference, joint_attention_reference, joint_mask
-
-__all__ = [
-    "LAYERS",
-    "NAG",
-    "NASA",
-    "VSF",
-    "Attention",
-    "AttentionBackend",
-    "AttentionRecord",
-    "Guidance",
-    "LSEAttention",
-    "Method",
-    "NegativeTerms",
-    "TokenLayout",
-    "attend_cross",
-    "attend_joint",
-    "content_length",
-    "cross_attention",
-    "cross_attention_guided",
-    "cross_attention_masked",
-    "cross_attention_reference",
-    "extrapolate",
-    "joint_attention",
-    "joint_attention_guided",
-    "joint_attention_guided_masked",
-    "joint_attention_masked",
-    "joint_attention_reference",
-    "joint_mask",
-    "layer_of",
-    "lse_attention",
-    "merge_negative_",
-    "null_embedding",
-    "padding_mask",
-    "unless_all",
-    "way_of",
-]

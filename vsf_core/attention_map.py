@@ -31,26 +31,28 @@ class AttentionRecord:
         """(pictures, latent frames, latent height, latent width) of the run."""
         self.steps = 0
         self.patch = 1
-        self._sums: dict[int, Tensor] = {}
-        self._counts: dict[int, Tensor] = {}
+        self._totals: dict[int, Tensor] = {}
+        """Of each step: sums and counts [2, layer groups, pictures, latent frames, grid height, grid width]."""
         self._lock = Lock()  # ComfyUI's MultiGPU runs forward passes in threads
 
     def begin(self, shape: tuple[int, int, int, int], steps: int, patch: int) -> None:
         """Forget everything; a run of ``steps`` steps starts. ``patch``: latent pixels a token, along each side."""
         self.runs += 1
         self.shape, self.steps, self.patch = shape, steps, patch
-        self._sums.clear()
-        self._counts.clear()
+        self._totals.clear()
 
     @property
     def grid(self) -> tuple[int, int]:
         """Image tokens down and across."""
         return -(-self.shape[2] // self.patch), -(-self.shape[3] // self.patch)
 
+    def _zeros(self, *first: int) -> Tensor:
+        return torch.zeros(*first, *self.shape[:2], *self.grid)
+
     @property
     def acted(self) -> list[int]:
         """The steps, from 0, in which the negative was there to be attended to."""
-        return sorted(self._sums)
+        return sorted(self._totals)
 
     def add(self, step: int, sums: Tensor, counts: Tensor, at: Sequence[Sequence[int]] | None = None) -> None:
         """One forward pass of a step: ``sums`` [3, B, frames, token rows, token columns] of 1 - W, over ``counts`` [3]
@@ -65,35 +67,27 @@ class AttentionRecord:
         expected = (len(LAYERS), *map(len, places))
         if tuple(sums.shape) != expected:
             raise ValueError(f"expected attention mass of shape {expected}, got {tuple(sums.shape)}")
-        axes = (torch.arange(len(LAYERS)), *(torch.tensor(place) for place in places))
-        where = torch.meshgrid(*axes, indexing="ij")
-        counts = counts[:, None, None, None, None].expand(expected).float()
+        where = torch.meshgrid(*map(torch.tensor, (range(2), range(len(LAYERS)), *places)), indexing="ij")
+        sums, counts = sums.to("cpu", torch.float32), counts[:, None, None, None, None].expand(expected)
         with self._lock:
-            if step not in self._sums:
-                self._sums[step] = torch.zeros(len(LAYERS), *self.shape[:2], *self.grid)
-                self._counts[step] = torch.zeros_like(self._sums[step])
-            self._sums[step].index_put_(where, sums.to("cpu", torch.float32), accumulate=True)
-            self._counts[step].index_put_(where, counts, accumulate=True)
+            totals = self._totals.setdefault(step, self._zeros(2, len(LAYERS)))
+            totals.index_put_(where, torch.stack((sums, counts.float())), accumulate=True)
 
     def _tokens(self, latent: Sequence[int]) -> list[int]:
         """The tokens along a side of which each covers ``patch`` of the ``latent`` rows or columns shown."""
         firsts = list(latent)[:: self.patch]
-        if any(first % self.patch for first in firsts):
-            raise ValueError(
-                f"a window begins at latent pixel {next(f for f in firsts if f % self.patch)}, inside a token of the "
-                f"whole picture, which are {self.patch} wide"
-            )
+        for first in firsts:
+            if first % self.patch:
+                inside = f"inside a token of the whole picture, which are {self.patch} wide"
+                raise ValueError(f"a window begins at latent pixel {first}, {inside}")
         return [first // self.patch for first in firsts]
 
     def mean(self, layers: str = "all", step: int | None = None) -> Tensor:
         """1 - W, [pictures, latent frames, grid height, grid width]: the mean over a layer group, or all of them, of
         one step, or over all steps in which the negative acted. 0 where it never did."""
-        steps = self.acted if step is None else [step] if step in self._sums else []
-        group = slice(None) if layers == "all" else slice(LAYERS.index(layers), LAYERS.index(layers) + 1)
-        total, count = torch.zeros(*self.shape[:2], *self.grid), torch.zeros(*self.shape[:2], *self.grid)
-        for s in steps:
-            total += self._sums[s][group].sum(dim=0)
-            count += self._counts[s][group].sum(dim=0)
+        group = slice(None) if layers == "all" else [LAYERS.index(layers)]
+        steps = [s for s in self.acted if step in (None, s)]
+        total, count = sum((self._totals[s][:, group].sum(dim=1) for s in steps), start=self._zeros(2))
         return total / count.clamp(min=1)
 
     def fitted(self, maps: Tensor, height: int, width: int) -> Tensor:

@@ -34,6 +34,11 @@ class AttentionBackend:
         """``lse``, unless there is a mask, which it does not take."""
         return self.lse if mask is None else None
 
+    def with_lse(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """``lse``, which must be given, at this scale."""
+        assert self.lse is not None
+        return self.lse(q, k, v, self.softmax_scale)
+
 
 aten = torch.ops.aten
 

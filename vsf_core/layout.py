@@ -41,11 +41,6 @@ class TokenLayout:
         """Number of keys."""
         return self.length + self.cached
 
-    @property
-    def image_keys(self) -> slice:
-        """The keys of I, the cached ones included."""
-        return slice(self.positive + self.negative, self.keys)
-
     def spans(self, groups: str, keys: bool = False) -> list[slice]:
         """The slices of ``groups`` (a text of "I", "P" and "N"), in the sequence's order, or in that of its ``keys``:
         what touches is one slice, and none is empty."""
@@ -53,11 +48,8 @@ class TokenLayout:
         end = self.keys if keys else self.length
         merged: list[slice] = []
         for group, start, stop in (("P", 0, n), ("N", n, p), ("P", p, i), ("I", i, end)):
-            if group not in groups or start == stop:
-                continue
-            if merged and merged[-1].stop == start:
-                merged[-1] = slice(merged[-1].start, stop)
-            else:
+            if group in groups and start < stop:
+                start = merged.pop().start if merged and merged[-1].stop == start else start
                 merged.append(slice(start, stop))
         return merged
 
@@ -72,10 +64,6 @@ class TokenLayout:
         """The keys of ``groups`` along ``dim`` of ``x``: a view where they lie in one piece, else a copy."""
         parts = [x.narrow(dim, s.start, s.stop - s.start) for s in self.spans(groups, keys=True) or [slice(0, 0)]]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-    def without_negative(self, x: Tensor) -> Tensor:
-        """Keys or values [B, H, L, D] without the negative's: a view with ``before`` 0, else a copy."""
-        return self.take("PI", x)
 
 
 def padding_mask(padding: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,22 +9,23 @@ NAG, NASA joint: one attention over I, and slivers       joint: over [P, I], and
           cross: as on the right                         cross: two attentions, over P and over N
 ========= ============================================== ==========================================================
 
-Shapes: q, k, v [B, H, L, D]; ``mask``: additive, [B or 1, 1, 1 or L, L] (cross-attention: over P, [B or 1, 1, 1, P]);
-``attention_mass``: None, or [B, I] in fp32, to which 1 - W is added (``attention.py``).
+Shapes: q, k, v [B, H, L, D]; ``mask``: the caller's own, additive, [B or 1, 1, 1 or L, L] (cross-attention: over P,
+[B or 1, 1, 1, P]). ``attention_mass``: None, or [B, I] in fp32 to which 1 - W is added, the part of each image token's
+attention that falls on the negative, averaged over heads. It changes no result. Where the log-sum-exp is not to be had
+it costs a second call of the black box and is as exact as that one's dtype.
 """
 
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import cross_attention, cross_attention_masked, joint_attention, joint_attention_masked, padding_beta
+from .attention import JointCall, NegativeTerms, joint_attention, merge_negative_, padding_beta
 from .backends import AttentionBackend
-from .guidance import cross_attention_guided, joint_attention_guided, joint_attention_guided_masked
-from .layout import TokenLayout
-
-M = TypeVar("M", bound="Method")
+from .guidance import joint_attention_guided, steer_
+from .layout import TokenLayout, padding_mask, unless_all
+from .masked import RowMasks, joint_attention_masked
 
 
 class Method:
@@ -33,7 +34,7 @@ class Method:
     records = False
     """Whether there is an ``attention_mass``: whether positive and negative share one softmax."""
 
-    def on(self: M, device: torch.device) -> M:
+    def on(self, device: torch.device) -> "Method":
         """The same with its numbers as tensors there, which one compiled graph takes as they come."""
         return self
 
@@ -88,21 +89,6 @@ def _length(z: Tensor) -> Tensor:
     return z.abs().sum(dim=(1, 3), keepdim=True).clamp_min(1e-6)
 
 
-@dataclass(frozen=True, eq=False)
-class NegativeTerms:
-    """How the image sees the negative.
-
-    alpha [B or 1, N or 1, 1]: VSF's scale of the flipped values; the phi of NAG and NASA, which take the first token's.
-    beta [B or 1, I or 1, N or 1], fp32: the offset, taken off the logits; +inf where an image token does not see a
-    token of the negative, None where none does. An image token takes exp(-beta) of NAG's and NASA's steering, for its
-    lowest beta. padding: bool [B or 1, N], True where a token is only padding.
-    """
-
-    alpha: Tensor
-    beta: Tensor | None
-    padding: Tensor | None = None
-
-
 def attend_joint(
     method: Method,
     backend: AttentionBackend,
@@ -117,17 +103,11 @@ def attend_joint(
     """Joint attention with a negative, [B, H, L, D]. P's and N's own rows are those of two passes: each text sees the
     image and itself. ``ValueError`` for an ``attention_mass`` that the method has not."""
     _check_mass(method, attention_mass)
-    alpha, beta, padding = negative.alpha, negative.beta, negative.padding
-    lse = backend.lse_under(mask)
-    if beta is None or not isinstance(method, Guidance):
-        shared = q, k, v, layout, alpha, beta
-        if lse is not None:
-            return joint_attention(*shared, lse, padding, backend.softmax_scale, attention_mass)
-        return joint_attention_masked(*shared, backend.black_box, padding, mask, attention_mass)
-    guided = q, k, v, layout, method, alpha[:, :1], _presence(beta)
-    if lse is not None:
-        return joint_attention_guided(*guided, lse, padding, backend.softmax_scale)
-    return joint_attention_guided_masked(*guided, backend.black_box, padding, mask)
+    call = JointCall(q, k, v, layout, negative, backend, mask, attention_mass)
+    steer = method if isinstance(method, Guidance) and negative.beta is not None else None
+    if backend.lse_under(mask) is None:
+        return joint_attention_masked(call, steer)
+    return joint_attention(call) if steer is None else joint_attention_guided(call, steer)
 
 
 def attend_cross(
@@ -144,18 +124,24 @@ def attend_cross(
 ) -> Tensor:
     """Cross-attention with a negative, [B, H, I, D]. ``ValueError`` as above."""
     _check_mass(method, attention_mass)
-    alpha, beta, padding = negative.alpha, negative.beta, negative.padding
-    if beta is None:
+    if negative.beta is None:
         return backend.black_box(q, k, v, mask)
-    shared, lse = (q, k, v, k_neg, v_neg), backend.lse_under(mask)
     if isinstance(method, Guidance):
-        steering = method, alpha[:, :1], _presence(beta)
-        return cross_attention_guided(*shared, *steering, backend.black_box, padding, mask)
-    hidden = padding_beta(padding)
-    beta = beta if hidden is None else beta + hidden
-    if lse is not None:
-        return cross_attention(*shared, alpha, beta, lse, backend.softmax_scale, attention_mass)
-    return cross_attention_masked(*shared, alpha, beta, backend.black_box, mask, attention_mass)
+        seen = None if negative.padding is None else padding_mask(unless_all(negative.padding), q.dtype)[:, None, None]
+        z = backend.black_box(q, k, v, mask)
+        return steer_(z, backend.black_box(q, k_neg, v_neg, seen), method, negative)
+    hidden = padding_beta(negative.padding)
+    alpha, beta = negative.alpha, negative.beta if hidden is None else negative.beta + hidden
+    if backend.lse_under(mask) is not None:
+        return merge_negative_(*backend.with_lse(q, k, v), q, k_neg, v_neg, alpha, beta, backend, attention_mass)
+    n, image = slice(0, k_neg.shape[2]), slice(0, q.shape[2])
+    keys = torch.cat((k_neg, k), dim=2)
+    values = torch.cat((-alpha[:, None].to(v.dtype) * v_neg, v), dim=2)
+    given = q.new_zeros(1, 1, 1, keys.shape[2]) if mask is None else F.pad(mask.to(q.dtype), (n.stop, 0))
+    masks = RowMasks(backend.black_box, q, keys, n, given)
+    if beta.shape[1] == 1 and attention_mass is None:
+        return backend.black_box(q, keys, values, masks.seen(image, -beta[:, None].to(q.dtype)))
+    return masks.attend_flipped_(torch.empty_like(q), image, values, beta, 0.0, attention_mass)
 
 
 def way_of(method: Method, backend: AttentionBackend, mask: Tensor | None = None, cross: bool = False) -> str:
@@ -164,11 +150,6 @@ def way_of(method: Method, backend: AttentionBackend, mask: Tensor | None = None
         return "two cross-attentions"
     lse = backend.lse_under(mask)
     return f"row mask ({backend.name})" if lse is None else f"log-sum-exp merge ({lse.__name__})"
-
-
-def _presence(beta: Tensor) -> Tensor:
-    """[B or 1, I or 1, 1]: how much of NAG's or NASA's steering an image token takes."""
-    return torch.exp(-beta.amin(dim=-1, keepdim=True))
 
 
 def _check_mass(method: Method, attention_mass: Tensor | None) -> None:

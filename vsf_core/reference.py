@@ -38,14 +38,7 @@ def joint_mask(layout: TokenLayout, beta: Tensor, padding: Tensor | None = None)
 
 
 def joint_attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: TokenLayout,
-    alpha: Tensor,
-    beta: Tensor,
-    padding: Tensor | None = None,
-    softmax_scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, alpha: Tensor, beta: Tensor, padding: Tensor | None = None
 ) -> Tensor:
     """VSF for joint (MMDiT) attention with one dense mask.
 
@@ -55,18 +48,11 @@ def joint_attention_reference(
     keys = torch.cat((k, k[:, :, n]), dim=2)
     values = torch.cat((v, -alpha[:, None].to(v.dtype) * v[:, :, n]), dim=2)
     mask = joint_mask(layout, beta, padding).to(q.dtype)
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=softmax_scale)
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
 
 
 def cross_attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_neg: Tensor,
-    v_neg: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    softmax_scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, k_neg: Tensor, v_neg: Tensor, alpha: Tensor, beta: Tensor
 ) -> Tensor:
     """VSF for cross-attention, Eq. 9 of arXiv 2508.10931: one softmax over [K+, K-], values [V+, -alpha V-].
 
@@ -77,4 +63,4 @@ def cross_attention_reference(
     values = torch.cat((v, -alpha[:, None].to(v.dtype) * v_neg), dim=2)
     to_negative = -beta[:, None].expand(-1, -1, -1, k_neg.shape[2])
     mask = F.pad(to_negative, (k.shape[2], 0)).to(q.dtype)
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=softmax_scale)
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)

@@ -35,7 +35,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor
 
 def joint_ways(image: int, negative: int, dim: int, dtype: torch.dtype, device: torch.device) -> dict[str, Callable]:
     """Each way of computing one joint attention, and plain attention without the negative."""
-    from vsf_core import TokenLayout, joint_attention, joint_attention_masked, joint_mask
+    from vsf_core import VSF, AttentionBackend, NegativeTerms, TokenLayout, attend_joint, joint_mask
     from vsf_core.backends import CANDIDATES
 
     layout = TokenLayout(image, POSITIVE, negative)
@@ -51,11 +51,12 @@ def joint_ways(image: int, negative: int, dim: int, dtype: torch.dtype, device: 
         return plain(q, keys, torch.cat((v, v[:, :, n] * -3.3), dim=2), mask)
 
     attends = CANDIDATES[device.type] if dtype != torch.float32 else CANDIDATES[device.type][-1:]  # the one for fp32
-    merges = {f"merge ({f.__name__})": partial(joint_attention, q, k, v, layout, alpha, bias, f) for f in attends}
+    backends = {f"merge ({f.__name__})": AttentionBackend(plain, f) for f in attends}
+    backends["row mask"] = AttentionBackend(plain)
+    negative = NegativeTerms(alpha, bias)
     ways = {
-        "plain": lambda: plain(*(layout.without_negative(t) for t in (q, k, v))),
-        **merges,
-        "row mask": lambda: joint_attention_masked(q, k, v, layout, alpha, bias, plain),
+        "plain": lambda: plain(*(layout.take("PI", t) for t in (q, k, v))),
+        **{way: partial(attend_joint, VSF(), b, q, k, v, layout, negative) for way, b in backends.items()},
     }
     if image > DENSE:
         return ways
@@ -65,7 +66,7 @@ def joint_ways(image: int, negative: int, dim: int, dtype: torch.dtype, device: 
 
 def cross_ways(image: int, negative: int, dtype: torch.dtype, device: torch.device) -> dict[str, Callable]:
     """The same for Wan's cross-attention: 512 positive tokens, heads of 128."""
-    from vsf_core import cross_attention, cross_attention_masked, cross_attention_reference, lse_attention
+    from vsf_core import VSF, AttentionBackend, NegativeTerms, attend_cross, cross_attention_reference, lse_attention
 
     g = torch.Generator().manual_seed(0)
     lengths = (image, 512, 512, negative, negative)
@@ -73,12 +74,12 @@ def cross_ways(image: int, negative: int, dtype: torch.dtype, device: torch.devi
     alpha, bias = torch.full((1, 1, 1), 3.3, device=device), torch.full((1, 1, 1), 0.2, device=device)
     attend = lse_attention(device, dtype, 128)
     assert attend is not None
-    shared = (q, k, v, kn, vn, alpha, bias)
+    shared, negative = (q, k, v, kn, vn), NegativeTerms(alpha, bias)
     return {
         "plain": lambda: plain(q, k, v),
-        f"merge ({attend.__name__})": lambda: cross_attention(*shared, attend),
-        "row mask": lambda: cross_attention_masked(*shared, plain),
-        "dense mask, made each call": lambda: cross_attention_reference(*shared),
+        f"merge ({attend.__name__})": lambda: attend_cross(VSF(), AttentionBackend(plain, attend), *shared, negative),
+        "row mask": lambda: attend_cross(VSF(), AttentionBackend(plain), *shared, negative),
+        "dense mask, made each call": lambda: cross_attention_reference(*shared, alpha, bias),
     }
 
 
@@ -86,7 +87,7 @@ def backend_ways(name: str, dtype: torch.dtype, device: torch.device) -> dict[st
     """VSF through one of ComfyUI's attention functions that returns no log-sum-exp, beside that function itself."""
     import comfy.ldm.modules.attention as comfy_attention
 
-    from vsf_core import TokenLayout, joint_attention_masked
+    from vsf_core import VSF, AttentionBackend, NegativeTerms, TokenLayout, attend_joint
 
     function = getattr(comfy_attention, f"attention_{name}")
 
@@ -97,9 +98,10 @@ def backend_ways(name: str, dtype: torch.dtype, device: torch.device) -> dict[st
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, layout.length, HEADS, 64, generator=g).to(device, dtype).transpose(1, 2) for _ in "qkv")
     alpha, bias = torch.full((1, 1, 1), 3.3, device=device), torch.full((1, 1, 1), 0.2, device=device)
+    backend, negative = AttentionBackend(attend), NegativeTerms(alpha, bias)
     return {
-        "plain": lambda: attend(*(layout.without_negative(t) for t in (q, k, v))),
-        "row mask": lambda: joint_attention_masked(q, k, v, layout, alpha, bias, attend),
+        "plain": lambda: attend(*(layout.take("PI", t) for t in (q, k, v))),
+        "row mask": lambda: attend_joint(VSF(), backend, q, k, v, layout, negative),
     }
 
 

@@ -211,12 +211,12 @@ def test_nothing_is_computed_without_the_node(pack, models):
 
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_memory_is_bounded(pack, models, tokens):
-    """One fp32 number a step, layer group and token, whatever the negative's length and number of evaluations."""
+    """Two fp32 numbers a step, layer group and token, whatever the negative's length and number of evaluations."""
     with_record, kept = record(pack, pack.patch(models["flux"]))
     attached = pack.negative(prompt("flux"), negative=[[negative("flux", tokens), {}]])
     sample(with_record, attached, steps=3, sampler="heun", batch=2, cfg=2.5)
-    tensors = [*kept._sums.values()]
-    assert sum(t.untyped_storage().nbytes() for t in tensors) == 3 * 3 * 2 * 8 * 12 * 4
+    tensors = [*kept._totals.values()]
+    assert sum(t.untyped_storage().nbytes() for t in tensors) == 2 * 3 * 3 * 2 * 8 * 12 * 4
     assert {(t.dtype, t.device.type) for t in tensors} == {(torch.float32, "cpu")}
 
 

@@ -150,7 +150,7 @@ def used_of_comfyui(file: Path) -> set[str]:
 
 def test_all_that_is_used_by_name_is_looked_for(pack):
     check = importlib.import_module(pack.module.__name__ + ".nodes.host_check")
-    needed = [f"{module}.{name}" for module, name in check.NEEDED]
+    needed = [f"{module}.{name}" for module, names in check.NEEDED.items() for name in names]
     files = sorted((ROOT / "nodes").rglob("*.py"))
     used = {name for file in files for name in used_of_comfyui(file)}
     assert {"comfy.conds.CONDRegular", "comfy_api.latest.io"} <= used
@@ -159,7 +159,7 @@ def test_all_that_is_used_by_name_is_looked_for(pack):
         return any(name == n or n.startswith(f"{name}.") or name.startswith(f"{n}.") for n in needed)
 
     assert sorted(name for name in used if not covered(name)) == []
-    assert all(check._has(module, name) for module, name in check.NEEDED)
+    assert all(check._has(module, name) for module, names in check.NEEDED.items() for name in names)
 
 
 @pytest.mark.parametrize(

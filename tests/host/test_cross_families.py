@@ -165,32 +165,27 @@ def test_a_negative_of_another_encoder_is_refused(pack):
 
 
 def test_ltxv_guides(pack):
-    """Frames of guides (LTXVAddGuide) are appended to the latent: a region means them too, and where the model leaves
-    tokens of theirs out, a region cannot be placed."""
+    """Frames of guides (LTXVAddGuide) are appended to the latent, of which the model may leave tokens out; a region is
+    of the video's own frames. See also ``test_latent_map.py``."""
     case, model = CASES["ltxv"], model_of("ltxv")
     size, (cells, pixels) = case.sizes[0], region(case.sizes[0])
-    guides = size[1] * size[2]
-    kept_out = torch.ones(1, 1, *size)
-    kept_out[:, :, -1] = 0.0
-    for left_out, node, expect in (
-        (0, {"mask": pixels}, {"keep": case.keep(size, cells)}),
-        (1, {}, {}),
-        (1, {"mask": pixels}, None),
-    ):
-        denoise = kept_out.clone()
+    video = (size[0] - 1, *size[1:])
+    masked, plain = ({"mask": pixels}, cells), ({}, torch.ones_like(cells))
+    for left_out, (node, inside) in ((0, masked), (1, plain), (2, masked)):
+        denoise = torch.ones(1, 1, *size)
+        denoise[:, :, -1] = 0.0
         denoise[:, :, -1, 0, :left_out] = -1.0
-        coords = torch.zeros(1, 3, guides, 2)
+        coords = torch.zeros(1, 3, size[1] * size[2], 2)
         ((cond, options),) = case.prompt()
         positive = [[cond, {**options, "keyframe_idxs": coords, "concat_mask": denoise}]]
         negative = case.negative(5)
         attached = pack.negative(positive, negative=negative, **node)
-        if expect is None:
-            with pytest.raises(RuntimeError, match="leaves out or adds some of its tokens"):
-                case.run(pack.patch(model), attached)
-            continue
-        oracle, _ = oracle_model(model, [case.expect(model, positive, negative, **expect)])
-        result, expected = case.run(pack.patch(model), attached), case.run(oracle, positive)
-        assert_close(result, expected)
+        for affect in (True, False):
+            guides = torch.full((size[1] * size[2] - left_out, 5), float(affect))
+            keep = torch.cat([case.keep(video, inside), guides])
+            oracle, _ = oracle_model(model, [case.expect(model, positive, negative, keep=keep)])
+            result = case.run(pack.patch(model, affect_references=affect), attached)
+            assert_close(result, case.run(oracle, positive))
 
 
 # -- UNets

@@ -90,17 +90,14 @@ def test_control_videos_of_vace_are_no_references(pack):
 # -- guides ------------------------------------------------------------------------------------------------------------
 
 
-def guided(case, size=(3, 4, 5), at=(0,), downscaled=False):
+def guided(case, size=(3, 4, 5), at=(0,)):
     """A prompt, a latent and a noise mask with guides behind the video, as core's node makes them."""
     positive, negative = case.prompt(), case.uncond()
     latent, mask = torch.zeros(1, 128, *size), torch.ones(1, 1, *size)
     for seed, frame in enumerate(at):
         guide = latents(1, *size[1:], seed=seed, channels=128)
-        more = {}
-        if downscaled:  # as of an IC-LoRA: tokens that are left out
-            more["guide_mask"] = torch.where(torch.arange(size[2]) % 2 == 0, 1.0, -1.0).expand(1, 1, 1, *size[1:])
         positive, negative, latent, mask = LTXVAddGuide.append_keyframe(
-            positive, negative, frame, latent, mask, guide, 1.0, (8, 32, 32), **more
+            positive, negative, frame, latent, mask, guide, 1.0, (8, 32, 32)
         )
     return positive, negative, latent, mask
 

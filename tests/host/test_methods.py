@@ -134,7 +134,7 @@ def test_the_log_says_which(pack, model, caplog):
     with caplog.at_level(logging.INFO):
         sample(pack.patch(model, **NAG), pack.negative(conditioning(), negative=[[text(5, 5), {}]]))
     assert "5 negative tokens, scale 3, offset 0" in caplog.text
-    assert "method NAG(alpha=0.5, tau=1.2), attention: log-sum-exp merge" in caplog.text
+    assert "method nag (alpha 0.5, tau 1.2), attention: log-sum-exp merge" in caplog.text
 
 
 def test_what_cannot_work_is_refused(pack, model):

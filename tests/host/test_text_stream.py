@@ -102,6 +102,11 @@ def moved(args):
     return {**args, "txt": args["txt"].flip(1), "txt_ids": args["txt_ids"].flip(1)}
 
 
+def moved_in_place(args):
+    args["txt"][:], args["txt_ids"] = args["txt"].flip(1), args["txt_ids"].flip(1)
+    return args
+
+
 def dropped(args):
     return {**args, "txt": args["txt"][:, 2:], "txt_ids": args["txt_ids"][:, 2:]}
 
@@ -115,7 +120,7 @@ def replaced(args):
 
 
 @pytest.mark.parametrize("name", ["flux", "flux.2 klein", "qwen-image"])
-@pytest.mark.parametrize("patch", [moved, dropped, repeated, replaced])
+@pytest.mark.parametrize("patch", [moved, moved_in_place, dropped, repeated, replaced])
 def test_a_patch_that_loses_n_is_named(pack, name, patch):
     case = CASES[name]
     attached = pack.negative(case.prompt(), negative=case.negative())
@@ -123,6 +128,27 @@ def test_a_patch_that_loses_n_is_named(pack, name, patch):
         case.run(with_input_patch(pack.patch(model_of(name)), patch), attached)
     off = case.run(with_input_patch(pack.patch(model_of(name)), patch), case.prompt())
     assert torch.equal(off, case.run(with_input_patch(model_of(name), patch), case.prompt()))
+
+
+def rolled(args):
+    """P's last tokens stand in front of N."""
+    return {**args, "txt": args["txt"].roll(3, 1)}
+
+
+def rolled_in_place(args):
+    args["txt"].copy_(args["txt"].roll(3, 1))
+    return args
+
+
+def rolled_later(args):
+    sigmas = args["transformer_options"]["sample_sigmas"]
+    return args if args["transformer_options"]["sigmas"][0] >= sigmas[0] else rolled(args)
+
+
+@pytest.mark.parametrize("patch", [rolled, rolled_in_place, rolled_later])
+def test_tokens_that_change_places(pack, patch):
+    """As many as before, in every step or from the second one on."""
+    compared(pack, CASES["flux"], model_of("flux"), lambda m: with_input_patch(m, patch), steps=3)
 
 
 @pytest.mark.parametrize("name", COUNTED)

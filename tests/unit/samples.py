@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vsf_core import TokenLayout
+from vsf_core import AttentionBackend, TokenLayout, lse_attention
 
 BEFORE = pytest.mark.parametrize("before", [0.0, 0.5, 1.0], ids=["N, P", "P, N, P", "P, N"])
 """Which part of P stands in front of N."""
@@ -25,6 +25,13 @@ def rows_of(layout, groups):
 
 def black_box(q, k, v, mask):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def backend_of(path, q):
+    """What makes a call go by "merge" (log-sum-exp) or "masked" (a black box alone)."""
+    lse = lse_attention(q.device, q.dtype, q.shape[-1])
+    assert lse is not None, "this machine's own attention must pass the probe"
+    return AttentionBackend(black_box, lse if path == "merge" else None)
 
 
 def relative(a, b):

@@ -9,27 +9,26 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import BEFORE, DTYPES, TOLERANCE, black_box, make, placed, relative, rows_of
+from samples import BEFORE, DTYPES, TOLERANCE, backend_of, make, placed, relative, rows_of
 
 from vsf_core import (
+    VSF,
+    NegativeTerms,
     TokenLayout,
-    cross_attention,
-    cross_attention_masked,
+    attend_cross,
+    attend_joint,
     cross_attention_reference,
-    joint_attention,
-    joint_attention_masked,
     joint_attention_reference,
     joint_mask,
-    lse_attention,
 )
 
 
-def run_joint(path, q, k, v, layout, alpha, beta, padding=None):
-    if path == "merge":
-        attend = lse_attention(q.device, q.dtype, q.shape[-1])
-        assert attend is not None, "this machine's own attention must pass the probe"
-        return joint_attention(q, k, v, layout, alpha, beta, attend, padding)
-    return joint_attention_masked(q, k, v, layout, alpha, beta, black_box, padding)
+def run_joint(path, q, k, v, layout, alpha, beta, padding=None, mask=None, mass=None):
+    return attend_joint(VSF(), backend_of(path, q), q, k, v, layout, NegativeTerms(alpha, beta, padding), mask, mass)
+
+
+def run_cross(path, q, k, v, k_neg, v_neg, alpha, beta, mask=None, mass=None):
+    return attend_cross(VSF(), backend_of(path, q), q, k, v, k_neg, v_neg, NegativeTerms(alpha, beta), mask, mass)
 
 
 def oracle(q, k, v, layout, alpha, beta, padding=None):
@@ -215,11 +214,8 @@ def test_cross_attention(dtype, image, positive, negative, batch, per_token):
     alpha = torch.rand(batch, negative, 1, generator=g) * 4
     beta = torch.rand(batch, 1, negative if per_token else 1, generator=g)
     double = (t.double() for t in (q, k, v, kn, vn, alpha, beta))
-    attend = lse_attention(q.device, q.dtype, 64)
-    assert (
-        relative(cross_attention(q, k, v, kn, vn, alpha, beta, attend), cross_attention_reference(*double))
-        < (TOLERANCE[dtype])
-    )
+    result = run_cross("merge", q, k, v, kn, vn, alpha, beta)
+    assert relative(result, cross_attention_reference(*double)) < TOLERANCE[dtype]
 
 
 def test_cross_attention_with_padding_of_the_positive():
@@ -233,7 +229,7 @@ def test_cross_attention_with_padding_of_the_positive():
     for rows, columns in ((1, 1), (1, 5), (30, 5)):
         beta = torch.rand(2, rows, columns, generator=g)
         for mass in (None, torch.zeros(2, 30)):
-            result = cross_attention_masked(q, k, v, kn, vn, alpha, beta, black_box, mask, mass)
+            result = run_cross("masked", q, k, v, kn, vn, alpha, beta, mask, mass)
             for i, kept in enumerate((7, 9)):
                 one = slice(i, i + 1)
                 left = (k[one, :, :kept], v[one, :, :kept], kn[one], vn[one], alpha[one], beta[one])
@@ -278,13 +274,13 @@ def test_black_box_respects_a_mask_of_the_callers_own(before, columns, rows):
     alpha, beta = torch.full((1, 1, 1), 3.3), torch.rand(2, 1, columns, generator=g)
     padding = torch.tensor([[False] * 5 + [True] * 2, [False] * 7])
     mass, plain_mass = torch.zeros(2, 50), torch.zeros(2, 50)
-    result = joint_attention_masked(q, k, v, layout, alpha, beta, black_box, padding, mask, mass)
+    result = run_joint("masked", q, k, v, layout, alpha, beta, padding, mask, mass)
     dense = joint_mask(layout, beta, padding) + torch.cat((mask, mask[..., n]), -1)
     keys, values = torch.cat((k, k[:, :, n]), 2), torch.cat((v, -3.3 * v[:, :, n]), 2)
     assert relative(result, F.scaled_dot_product_attention(q, keys, values, attn_mask=dense)) < 1e-5
     weights = (q @ keys.mT / 8 + dense).softmax(-1)
     assert relative(mass, weights[:, :, layout.span("I"), layout.length :].sum(-1).mean(1)) < 1e-5
-    joint_attention_masked(q, k, v, layout, alpha, beta, black_box, padding, None, plain_mass)
+    run_joint("masked", q, k, v, layout, alpha, beta, padding, None, plain_mass)
     assert relative(plain_mass, mass) > 1e-2
 
 
@@ -297,11 +293,11 @@ def test_black_box_respects_a_key_mask(before):
     key_mask = torch.zeros(1, 1, 1, layout.length)
     key_mask[..., gone] = -math.inf
     alpha, beta = torch.full((1, 1, 1), 3.3), torch.full((1, 1, 1), 0.2)
-    masked = joint_attention_masked(q, k, v, layout, alpha, beta, black_box, mask=key_mask)
+    masked = run_joint("masked", q, k, v, layout, alpha, beta, mask=key_mask)
     short = TokenLayout(50, 9, 7, sum(at not in gone for at in range(layout.before)))
     expected = joint_attention_reference(q[:, :, keep], k[:, :, keep], v[:, :, keep], short, alpha, beta)
     assert relative(masked[:, :, keep], expected) < 1e-5
-    hidden = joint_attention_masked(q, k, v, layout, alpha, None, black_box, mask=key_mask)
+    hidden = run_joint("masked", q, k, v, layout, alpha, None, mask=key_mask)
     plain = oracle(q[:, :, keep], k[:, :, keep], v[:, :, keep], short, alpha, None)
     assert relative(hidden[:, :, keep], plain) < 1e-5
 
@@ -357,7 +353,6 @@ def test_layout(image, positive, negative, before):
         assert len(spans) <= 1 if one_piece else len(spans) == 2
         assert not one_piece or taken.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
         assert torch.equal(layout.take(groups, x.mT, dim=3), taken.mT)
-    assert torch.equal(layout.without_negative(x), layout.take("PI", x))
     assert [*range(layout.length)][layout.span("N")] == rows_of(layout, "N")
     if len(layout.spans("P")) == 2:
         with pytest.raises(ValueError, match="on both sides of the negative"):

@@ -2,18 +2,9 @@
 
 import pytest
 import torch
-from samples import BEFORE, black_box, placed
+from samples import BEFORE, backend_of, placed
 
-from vsf_core import (
-    LAYERS,
-    AttentionRecord,
-    cross_attention,
-    cross_attention_masked,
-    joint_attention,
-    joint_attention_masked,
-    joint_mask,
-    lse_attention,
-)
+from vsf_core import LAYERS, VSF, AttentionRecord, NegativeTerms, attend_cross, attend_joint, joint_mask
 
 ALPHA = torch.full((1, 1, 1), 3.3)
 BETAS = {
@@ -46,13 +37,8 @@ def test_joint(monkeypatch, path, dtype, name, padded, before):
     logits = q.double() @ torch.cat((k, k[:, :, n]), 2).double().mT / 8 + mask
     expected = logits.softmax(-1)[:, :, layout.span("I"), layout.length :].sum(-1).mean(1)
     mass = torch.ones(2, 90)
-    if path == "merge":
-        attend = lse_attention(q.device, kind, 64)
-        results = [joint_attention(q, k, v, layout, ALPHA, beta, attend, padding, None, m) for m in (mass, None)]
-    else:
-        results = [
-            joint_attention_masked(q, k, v, layout, ALPHA, beta, black_box, padding, None, m) for m in (mass, None)
-        ]
+    given = VSF(), backend_of(path, q), q, k, v, layout, NegativeTerms(ALPHA, beta, padding), None
+    results = [attend_joint(*given, m) for m in (mass, None)]
     torch.testing.assert_close(mass.double(), 1 + expected, rtol=0, atol=tolerance)
     assert torch.equal(*results) and expected.max() > 0.05
 
@@ -65,12 +51,9 @@ def test_cross(monkeypatch, path, name):
     (q, _, _), (k, v, _), (k_neg, v_neg, _) = (tensors(n, torch.float32, n) for n in (90, 10, 7))
     logits = torch.cat((q.double() @ k.double().mT / 8, q.double() @ k_neg.double().mT / 8 - beta[:, None]), -1)
     expected = logits.softmax(-1)[..., 10:].sum(-1).mean(1)
-    mass, shared = torch.zeros(2, 90), (q, k, v, k_neg, v_neg, ALPHA, beta)
-    if path == "merge":
-        attend = lse_attention(q.device, q.dtype, 64)
-        results = [cross_attention(*shared, attend, None, m) for m in (mass, None)]
-    else:
-        results = [cross_attention_masked(*shared, black_box, None, m) for m in (mass, None)]
+    given = VSF(), backend_of(path, q), q, k, v, k_neg, v_neg, NegativeTerms(ALPHA, beta), None
+    mass = torch.zeros(2, 90)
+    results = [attend_cross(*given, m) for m in (mass, None)]
     torch.testing.assert_close(mass.double(), expected, rtol=0, atol=1e-5)
     assert torch.equal(*results)
 

@@ -5,17 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from samples import BEFORE, DTYPES, TOLERANCE, black_box, make, placed, relative, rows_of
+from samples import BEFORE, DTYPES, TOLERANCE, backend_of, black_box, make, placed, relative, rows_of
 
-from vsf_core import (
-    NAG,
-    NASA,
-    TokenLayout,
-    cross_attention_guided,
-    joint_attention_guided,
-    joint_attention_guided_masked,
-    lse_attention,
-)
+from vsf_core import NAG, NASA, AttentionBackend, NegativeTerms, TokenLayout, attend_cross, attend_joint, lse_attention
 
 GUIDES = {"nag": NAG(0.25, 2.5), "nag strong": NAG(0.5, 5.0), "nag tight": NAG(1.0, 1.0), "nasa": NASA()}
 PATHS = pytest.mark.parametrize("path", ["merge", "masked"])
@@ -59,12 +51,13 @@ def oracle(q, k, v, layout, guide, phi, presence=1.0, padding=None):
     return out
 
 
-def run(path, q, k, v, layout, guide, phi, presence=None, padding=None):
-    presence = torch.ones(1, 1, 1) if presence is None else presence
-    if path == "merge":
-        attend = lse_attention(q.device, q.dtype, q.shape[-1])
-        return joint_attention_guided(q, k, v, layout, guide, phi, presence, attend, padding)
-    return joint_attention_guided_masked(q, k, v, layout, guide, phi, presence, black_box, padding)
+def terms(phi, presence=None, padding=None):
+    """``presence``: which share of the steering an image token takes, 1 unless said."""
+    return NegativeTerms(phi, -torch.log(torch.ones(1, 1, 1) if presence is None else presence), padding)
+
+
+def run(path, q, k, v, layout, guide, phi, presence=None, padding=None, mask=None):
+    return attend_joint(guide, backend_of(path, q), q, k, v, layout, terms(phi, presence, padding), mask)
 
 
 @PATHS
@@ -142,8 +135,7 @@ def test_a_mask_of_the_callers_own(before, rows, padded):
     q, k, v = make(layout, batch=2, spread=6.0)
     mask = torch.randn(1, 1, rows, 68, generator=torch.Generator().manual_seed(1))
     padding = torch.tensor([[False] * 5 + [True] * 2]) if padded else None
-    given = q, k, v, layout, GUIDES["nasa"], torch.full((1, 1, 1), 0.4), torch.ones(1, 1, 1), black_box
-    result = joint_attention_guided_masked(*given, padding, mask)
+    result = run("masked", q, k, v, layout, GUIDES["nasa"], torch.full((1, 1, 1), 0.4), None, padding, mask)
     seen = [at for at in rows_of(layout, "N")][: 5 if padded else 7]
     image = rows_of(layout, "I")
 
@@ -174,9 +166,9 @@ def test_cross_attention(guide, padded):
     hidden = padding if padding is None else padding & ~padding.all(-1, keepdim=True)
     z_pos, z_neg = dense(q, k, v), dense(q, k_neg, v_neg, hidden)
     expected = z_pos + presence[:, None] * (formula(guide, z_pos, z_neg, 0.7) - z_pos)
-    steering = guide, torch.full((1, 1, 1), 0.7), presence
+    negative = terms(torch.full((1, 1, 1), 0.7), presence, padding)
     for attend in (black_box, naive):
-        result = cross_attention_guided(q, k, v, k_neg, v_neg, *steering, attend, padding)
+        result = attend_cross(guide, AttentionBackend(attend), q, k, v, k_neg, v_neg, negative)
         assert relative(result, expected) < 1e-5
 
 
@@ -190,5 +182,5 @@ def test_one_attention_over_the_image():
         calls.append(q.shape[2] * k.shape[2])
         return inner(q, k, v, scale)
 
-    joint_attention_guided(q, k, v, layout, NASA(), torch.ones(1, 1, 1), torch.ones(1, 1, 1), attend)
+    attend_joint(NASA(), AttentionBackend(black_box, attend), q, k, v, layout, terms(torch.ones(1, 1, 1)))
     assert sum(calls) == 318 * 300 + 300 * 7 + 7 * 7 + 311 * 11

@@ -36,7 +36,7 @@ def measure(queries: int, per_token: bool) -> dict[str, int]:
     import torch
     import torch.nn.functional as F
 
-    from vsf_core import cross_attention, lse_attention
+    from vsf_core import VSF, AttentionBackend, NegativeTerms, attend_cross, lse_attention
 
     heads, dim, positive, n = 12, 128, 512, 16
     q, k, v, kn, vn = (
@@ -45,10 +45,11 @@ def measure(queries: int, per_token: bool) -> dict[str, int]:
     )
     alpha = torch.full((1, n, 1), 1.9)
     bias = torch.zeros(1, queries, n) if per_token else torch.zeros(1, 1, 1)
-    attend = lse_attention(q.device, q.dtype, dim)
+    backend = AttentionBackend(F.scaled_dot_product_attention, lse_attention(q.device, q.dtype, dim))
+    assert backend.lse is not None
     runs = {
         "plain": lambda: F.scaled_dot_product_attention(q, k, v),
-        "vsf": lambda: cross_attention(q, k, v, kn, vn, alpha, bias, attend),
+        "vsf": lambda: attend_cross(VSF(), backend, q, k, v, kn, vn, NegativeTerms(alpha, bias)),
     }
 
     def field(name: str) -> int:

@@ -1,0 +1,88 @@
+"""The same as ``attention.py`` and ``guidance.py`` through any black-box attention that takes an additive mask: each
+group of queries gets a mask of one row, or of a chunk of rows where the offset or the caller's own mask differs between
+image tokens. No L x L tensor is made."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .attention import JointCall, row_chunks
+from .backends import Attention
+from .guidance import Steer, steer_
+from .layout import padding_mask
+
+
+@dataclass(frozen=True, eq=False)
+class RowMasks:
+    """Queries and keys of a sequence in which N's keys are at ``n``. ``given``: the caller's own mask."""
+
+    attend: Attention
+    q: Tensor
+    k: Tensor
+    n: slice
+    given: Tensor
+
+    def rows(self, group: slice) -> Tensor:
+        """The caller's mask for a group of queries, [B or 1, 1, 1 or more, keys]."""
+        return self.given[:, :, group] if self.given.shape[2] > 1 else self.given
+
+    def seen(self, group: slice, values: Tensor) -> Tensor:
+        """A copy of that with ``values`` added to N's columns, broadcast over batch and rows."""
+        rows = self.rows(group)
+        total = rows[..., self.n] + values
+        out = rows.expand(total.shape[0], 1, total.shape[2], -1).clone()
+        out[..., self.n] = total
+        return out
+
+    def attend_flipped_(
+        self, out: Tensor, image: slice, v: Tensor, beta: Tensor, visible: Tensor | float, mass: Tensor | None
+    ) -> Tensor:
+        """In place: ``image`` of ``out`` becomes its attention to ``v``, in which N's values are flipped. ``visible``:
+        -inf on N's padding."""
+        varies = beta.shape[1] > 1 or self.given.shape[2] > 1
+        whole = slice(0, image.stop - image.start)
+        for chunk in row_chunks(self.q[:, :, image], self.k.shape[2]) if varies else [whole]:
+            group = slice(image.start + chunk.start, image.start + chunk.stop)
+            part = beta[:, chunk] if beta.shape[1] > 1 else beta
+            seen = self.seen(group, visible - part[:, None].to(self.q.dtype))
+            out[:, :, group] = self.attend(self.q[:, :, group], self.k, v, seen)
+            if mass is not None:  # attention to values that are 1 where N is and 0 elsewhere
+                ones = torch.zeros_like(self.k)
+                ones[:, :, self.n] = 1.0
+                mass[:, chunk] += self.attend(self.q[:, :, group], self.k, ones, seen)[..., 0].float().mean(dim=1)
+        return out
+
+
+def joint_attention_masked(call: JointCall, steer: Steer | None = None) -> Tensor:
+    """``joint_attention``; with ``steer``, ``joint_attention_guided``: it attends from image to image a second time."""
+    q, k, v, layout, negative, attend = call.q, call.k, call.v, call.layout, call.negative, call.backend.black_box
+    i, n = layout.span("I"), layout.span("N")
+    given = q.new_zeros(1, 1, 1, layout.keys) if call.mask is None else call.mask.to(q.dtype)
+    visible = q.new_zeros(1, 1) if negative.padding is None else padding_mask(negative.padding, q.dtype)
+    visible, masks = visible[:, None, None], RowMasks(attend, q, k, n, given)
+    positive, out = (layout.take("PI", k), layout.take("PI", v)), torch.empty_like(q)
+
+    def over_positive(group: slice) -> Tensor:
+        seen = None if call.mask is None else layout.take("PI", masks.rows(group), dim=3)
+        return attend(q[:, :, group], *positive, seen)
+
+    def over_negative(group: slice) -> Tensor:
+        seen = masks.seen(group, visible)
+        for p in layout.spans("P"):
+            seen[..., p] = -torch.inf
+        return attend(q[:, :, group], k, v, seen)
+
+    if negative.beta is None or steer is not None:
+        out[:, :, i] = over_positive(i)
+    else:
+        flipped = v.clone()
+        flipped[:, :, n] *= -negative.alpha[:, None].to(v.dtype)
+        masks.attend_flipped_(out, i, flipped, negative.beta, visible, call.attention_mass)
+    for p in layout.spans("P"):
+        out[:, :, p] = over_positive(p)
+    if layout.negative:
+        out[:, :, n] = over_negative(n)
+    if steer is not None:
+        steer_(out[:, :, i], over_negative(i), steer, negative)
+    return out

@@ -132,7 +132,7 @@ def _cross_override(previous: Callable | None, func: Callable, *args: Any, **kwa
     backend = _backend(forward, host)
     if not block.enter(forward.run.paths, way_of(forward.method, backend, mask, cross=True)):
         return host.join(host.black_box(q, *positive, mask))
-    terms, mass = forward.terms(block, host.queries), block.attention_mass(host.queries)
+    terms, mass = forward.terms(block, host.queries), block.attention_mass(host.queries, forward.rows)
     return host.join(attend_cross(forward.method, backend, q, *positive, *negative, terms, mask, mass))
 
 
@@ -184,7 +184,7 @@ def _joint(host: HostAttention, layout: TokenLayout, block: BlockContext) -> Ten
     backend = _backend(forward, host)
     ordinary = forward.released is not None and block.kind not in forward.released.kinds
     entered = block.enter(forward.run.paths, "ordinary text" if ordinary else way_of(forward.method, backend, mask))
-    mass = block.attention_mass(layout.image)
+    mass = block.attention_mass(layout.image, forward.rows)
     if ordinary:
         return host.join(backend.black_box(q, k, v, mask))
     terms = forward.terms(block, layout.image, seen=entered)

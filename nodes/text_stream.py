@@ -32,7 +32,7 @@ class TextStream:
         self.strangers: Sequence[Callable] = ()
         """Patches of others that get the text in or between blocks."""
         self.copies = False
-        """Whether what goes into a patch is copied: in a run's first pass, since a patch may write into what it gets."""
+        """Whether what goes into a patch is copied: in a run's first pass: patches may write into what they get."""
         self.begin()
 
     def begin(self) -> None:
@@ -82,8 +82,8 @@ class TextStream:
         return self.start
 
     def enter_again(self, text: Tensor, given: Tensor, start: int) -> None:
-        """A patch around a block runs it on ``text``: on what the block was ``given``, where N stood at ``start``, or on
-        what came out when it ran it before."""
+        """A patch around a block runs it on ``text``: made of what the block was ``given``, where N stood at ``start``,
+        or what came out when it ran before."""
         if self._held is None or text is not self._held[0]:
             self.hold(given, start)
 

@@ -319,12 +319,12 @@ def test_cached_references(pack, name, affect):
     assert (result - plain).abs().max() > 1e-3 * plain.abs().max()
     keep = torch.cat([torch.ones(case.grids()[0]), torch.full((case.references()[1],), float(affect))])
     expects = [case.expect(model, case.prompt(), keep=keep[:, None].expand(-1, 5))]
-    result = case.run(
-        apply(pack.patch(model, affect_references=affect)),
-        pack.negative(case.prompt(), negative=case.negative()),
-        steps=3,
-    )
-    assert_close(result, case.run(apply(oracle_model(model, expects)[0]), case.prompt(), steps=3))
+    recorded, holder = pack.mapping["VSFRecord"].execute(pack.patch(model, affect_references=affect)).result
+    result = case.run(apply(recorded), pack.negative(case.prompt(), negative=case.negative()), steps=3)
+    oracle, record = oracle_model(model, expects)
+    assert_close(result, case.run(apply(oracle), case.prompt(), steps=3))
+    shares = torch.stack([share for _, share in record.shares]).double().mean(0)[:, : case.grids()[0]]
+    assert_close(holder.record_here().mean().flatten(), shares.flatten(), 1e-4)
 
 
 def with_keys(model, patch):

@@ -47,14 +47,16 @@ def _run_block(
     ``result`` is returned from every block of a pass: ComfyUI's loop holds what a block returned while the next one
     runs, which in Flux's first single block would be an image more than without patches.
     """
-    start = _enter_block(block, previous, args)
+    given, start = _enter_block(block, previous, args)
 
     def original(inner: dict) -> dict:
         try:
             options, stock = inner["transformer_options"], extra["original_block"]
             forward: ForwardContext = options[FORWARD_KEY]
             if previous is not None:
-                forward.text.follow(forward.family.text_of(block[0], inner), ("inside", block), [previous])
+                text = forward.family.text_of(block[0], inner)
+                forward.text.enter_again(text, given, start)
+                forward.text.follow(text, ("inside", block), [previous])
             here = _inside(block, position, forward, inner, forward.text.start - start)
         except KeyError as missing:
             raise changed_host(f"{block[0]} blocks hand their patches no {missing}") from missing
@@ -71,8 +73,8 @@ def _run_block(
     return result
 
 
-def _enter_block(block: Block, previous: Callable | None, args: dict) -> int:
-    """N's first token in the text that goes into a block, and then through the patch ``previous``."""
+def _enter_block(block: Block, previous: Callable | None, args: dict) -> tuple[Tensor, int]:
+    """The text that goes into a block, and then through the patch ``previous``; and N's first token in it."""
     try:
         forward: ForwardContext = args["transformer_options"][FORWARD_KEY]
         given = forward.family.text_of(block[0], args)
@@ -81,7 +83,7 @@ def _enter_block(block: Block, previous: Callable | None, args: dict) -> int:
     start = forward.text.enter_block(block, given, forward.family.tokens_before)
     if previous is not None:
         forward.text.hold(given)
-    return start
+    return given, start
 
 
 def _inside(block: Block, position: int, forward: ForwardContext, args: dict, added: int) -> dict[str, Any]:
@@ -130,7 +132,7 @@ def _cross_override(previous: Callable | None, func: Callable, *args: Any, **kwa
     backend = _backend(forward, host)
     if not block.enter(forward.run.paths, way_of(forward.method, backend, mask, cross=True)):
         return host.join(host.black_box(q, *positive, mask))
-    terms, mass = forward.terms(block, host.queries), block.attention_mass(host.queries)
+    terms, mass = forward.terms(block, host.queries), block.attention_mass(host.queries, forward.rows)
     return host.join(attend_cross(forward.method, backend, q, *positive, *negative, terms, mask, mass))
 
 
@@ -182,7 +184,7 @@ def _joint(host: HostAttention, layout: TokenLayout, block: BlockContext) -> Ten
     backend = _backend(forward, host)
     ordinary = forward.released is not None and block.kind not in forward.released.kinds
     entered = block.enter(forward.run.paths, "ordinary text" if ordinary else way_of(forward.method, backend, mask))
-    mass = block.attention_mass(layout.image)
+    mass = block.attention_mass(layout.image, forward.rows)
     if ordinary:
         return host.join(backend.black_box(q, k, v, mask))
     terms = forward.terms(block, layout.image, seen=entered)

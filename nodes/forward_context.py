@@ -59,7 +59,7 @@ class ForwardContext:
     width: int | None
     """Channels of the picture's attention over text; None where nothing else attends to it."""
     rows: Mapping[int, slice]
-    """The rows of ``beta`` for each number of image tokens that blocks attend from."""
+    """The rows of ``beta`` and ``attention_mass`` for each number of image tokens that blocks attend from."""
     own: slice
     """Those of the latent's tokens among the image's; the others are reference images'."""
     kept: Tensor | None
@@ -170,19 +170,20 @@ class BlockContext:
     note: tuple[Tensor, Tensor] | None = None
     """``ForwardContext.note`` of this block."""
 
-    def attention_mass(self, tokens: int) -> Tensor | None:
-        """Where this block's 1 - W goes, [B, image tokens], counting that it does; None without VSF Record."""
+    def attention_mass(self, tokens: int, rows: Mapping[int, slice]) -> Tensor | None:
+        """Where this block's 1 - W goes, [B, image tokens], counting that it does; None without VSF Record. rows:
+        ``ForwardContext.rows``."""
         if self.note is None:
             return None
         mass, count = self.note
-        if tokens != mass.shape[1]:
+        if tokens not in rows:
             raise RuntimeError(
                 f"VSF: VSF Record expects {mass.shape[1]} image tokens (the picture's and its references'), "
                 f"but this model attends from {tokens}: another node adds or drops some. Remove that node, or VSF "
                 "Record."
             )
         count.add_(1)
-        return mass
+        return mass[:, rows[tokens]]
 
     def enter(self, paths: set[str], path: str) -> bool:
         """Note that the attention over text is running, and how; whether N must be attended to."""

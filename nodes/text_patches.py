@@ -5,11 +5,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from .families import Family
 from .forward_context import ForwardContext
 from .text_stream import lost
+
+MODEL = WrappersMP.DIFFUSION_MODEL
 
 
 def text_followed(options: dict, forward: ForwardContext) -> dict:
@@ -22,8 +25,34 @@ def text_followed(options: dict, forward: ForwardContext) -> dict:
         for name, (before, after) in _brackets(forward.family).items()
         if patches.get(name)
     }
+    wrappers = options.get("wrappers", {})
+    around = wrappers.get(MODEL, {})
     forward.text.copies = not forward.run.reported and bool(forward.text.strangers or bracketed)
-    return {**options, "patches": {**patches, **bracketed}} if bracketed else options
+    options = {**options, "patches": {**patches, **bracketed}} if bracketed else options
+    if not around:
+        return options
+    ours = _model_begins(forward, [wrapper for some in around.values() for wrapper in some])
+    return {**options, "wrappers": {**wrappers, MODEL: {"vsf_before": ours[:1], **around, "vsf_after": ours[1:]}}}
+
+
+def _model_begins(forward: ForwardContext, wrappers: list[Callable]) -> list[Callable]:
+    """Wrappers around the ``wrappers`` of others around the whole model, which get its text, and may run it twice."""
+    given: list[Tensor] = []
+
+    def before(executor: Any, x: Tensor, timestep: Tensor, context: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        given[:] = [context]
+        return executor(x, timestep, context, *args, **kwargs)
+
+    def after(executor: Any, x: Tensor, timestep: Tensor, context: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        text, forward.calls = forward.text, 0
+        kwargs.get("transformer_options", {}).pop("block_index", None)  # as ``patched_options``
+        text.begin()
+        text.hold(given[0])
+        if text.follow(context, "model", wrappers) or context.shape[1] != given[0].shape[1]:
+            raise lost("puts tokens into the text of the whole model", wrappers)
+        return executor(x, timestep, context, *args, **kwargs)
+
+    return [before, after]
 
 
 def _brackets(family: Family) -> dict[str, tuple[Callable, Callable]]:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Known = dict[tuple, tuple[int, bool]]
-"""Of a run: (stage, N's first token going in, tokens going in, tokens coming out) -> N's first token coming out, and
-whether P still follows N as it did."""
+"""Of a run: (stage, whether the very tensor that went in comes out, N's first token going in, tokens going in, tokens
+coming out) -> N's first token coming out, and whether P still follows N as it did."""
 
 ALIKE, ALIKE_IN_PLACE = 0.9, 0.5
 """Mean cosine from which rows whose values a patch has changed are still taken for N's: anywhere, and where N was."""
@@ -27,21 +27,26 @@ class TextStream:
 
     def __init__(self, negative: int, count: int, known: Known, device: torch.device) -> None:
         self.negative, self.given, self.known = negative, count, known
-        self.start, self.count, self.leading = 0, count, 0
-        self.in_one_piece = True
-        """Whether P still follows N, as it was given to the model."""
         self.moved = torch.zeros(1, dtype=torch.bool, device=device)
         """Set by a compiled graph, which cannot look for N, where N is not where it was."""
-        self._held: Tensor | None = None
         self.strangers: Sequence[Callable] = ()
         """Patches of others that get the text in or between blocks."""
         self.copies = False
         """Whether what goes into a patch is copied: in a run's first pass, since some write into what they get."""
+        self.begin()
+
+    def begin(self) -> None:
+        """The model starts, maybe once more in this pass."""
+        self.start, self.count, self.leading = 0, self.given, 0
+        self.in_one_piece = True
+        """Whether P still follows N, as it was given to the model."""
+        self._held: tuple[Tensor, Tensor] | None = None
+        """What went into a patch, and that or a copy of it."""
         self._entered: tuple[int, int] | None = None
 
     def hold(self, text: Tensor, start: int | None = None) -> None:
         """Keep ``text`` [B, tokens, C] as it goes into a patch; ``start``: where N is known to stand."""
-        self._held, self.count = text.clone() if self.copies else text, text.shape[1]
+        self._held, self.count = (text, text.clone() if self.copies else text), text.shape[1]
         if start is not None:
             self.start = start
 
@@ -50,10 +55,12 @@ class TextStream:
 
         Raises ``RuntimeError`` that names the patches where N is gone, there twice, or cannot be told.
         """
-        held, self._held = self._held, None
-        if held is None or text is held:
+        if self._held is None:
             return self.start
-        key = stage, self.start, held.shape[1], text.shape[1]
+        (given, held), self._held = self._held, None
+        key = stage, text is given, self.start, held.shape[1], text.shape[1]
+        if text is held and key not in self.known:
+            return self.start
         if torch.compiler.is_compiling():
             self._check_unmoved(held, text, patches)
         else:
@@ -73,6 +80,12 @@ class TextStream:
             self.follow(text, ("before", block), self.strangers)
         self._entered = self.start, text.shape[1]
         return self.start
+
+    def enter_again(self, text: Tensor, given: Tensor, start: int) -> None:
+        """A patch around a block runs it on ``text``: made of what the block was ``given``, where N stood at ``start``,
+        or what came out when it ran before."""
+        if self._held is None or text is not self._held[0]:
+            self.hold(given, start)
 
     def leave_block(self, text: Tensor | None) -> None:
         """Keep the ``text`` that comes out of a block; None: the next one gets what this one got."""

@@ -12,8 +12,9 @@ import pytest
 import torch
 from cases import CASES, model_of
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
-from helpers import assert_close, load_flux, only_rounded
+from helpers import assert_close, load_flux, load_sd3, only_rounded
 from oracle import oracle_model
 
 FluxKVCache = getattr(importlib.import_module("comfy_extras.nodes_flux"), "FluxKVCache", None)
@@ -153,6 +154,27 @@ def test_a_patch_that_loses_n_is_named(pack, name, patch):
         case.run(with_input_patch(pack.patch(model_of(name)), patch), attached)
     off = case.run(with_input_patch(pack.patch(model_of(name)), patch), case.prompt())
     assert torch.equal(off, case.run(with_input_patch(model_of(name), patch), case.prompt()))
+
+
+def rolled(args):
+    """P's last tokens stand in front of N."""
+    return {**args, "txt": args["txt"].roll(3, 1)}
+
+
+def rolled_in_place(args):
+    args["txt"].copy_(args["txt"].roll(3, 1))
+    return args
+
+
+def rolled_later(args):
+    sigmas = args["transformer_options"]["sample_sigmas"]
+    return args if args["transformer_options"]["sigmas"][0] >= sigmas[0] else rolled(args)
+
+
+@pytest.mark.parametrize("patch", [rolled, rolled_in_place, rolled_later])
+def test_tokens_that_change_places(pack, patch):
+    """As many as before, in every step or from the second one on."""
+    compared(pack, CASES["flux"], model_of("flux"), lambda m: with_input_patch(m, patch), steps=3)
 
 
 @pytest.mark.parametrize("name", COUNTED)
@@ -323,12 +345,12 @@ def test_cached_references(pack, name, affect):
     assert (result - plain).abs().max() > 1e-3 * plain.abs().max()
     keep = torch.cat([torch.ones(case.grids()[0]), torch.full((case.references()[1],), float(affect))])
     expects = [case.expect(model, case.prompt(), keep=keep[:, None].expand(-1, 5))]
-    result = case.run(
-        apply(pack.patch(model, affect_references=affect)),
-        pack.negative(case.prompt(), negative=case.negative()),
-        steps=3,
-    )
-    assert_close(result, case.run(apply(oracle_model(model, expects)[0]), case.prompt(), steps=3))
+    recorded, holder = pack.mapping["VSFRecord"].execute(pack.patch(model, affect_references=affect)).result
+    result = case.run(apply(recorded), pack.negative(case.prompt(), negative=case.negative()), steps=3)
+    oracle, record = oracle_model(model, expects)
+    assert_close(result, case.run(apply(oracle), case.prompt(), steps=3))
+    shares = torch.stack([share for _, share in record.shares]).double().mean(0)[:, : case.grids()[0]]
+    assert_close(holder.record_here().mean().flatten(), shares.flatten(), 1e-4)
 
 
 def with_keys(model, patch):
@@ -429,3 +451,51 @@ def test_text_after_a_block(pack):
 
     with pytest.raises(RuntimeError, match="reversed_text"):
         case.run(apply(pack.patch(model), reversed_text), pack.negative(case.prompt(), negative=case.negative()))
+
+
+# -- the whole model, or a block, more than once -----------------------------------------------------------------------
+
+
+def around_the_model(model, wrapper):
+    wrapped = model.clone()
+    wrapped.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "another pack", wrapper)
+    return wrapped
+
+
+@pytest.mark.parametrize("name", ["flux", "hunyuan 1.5", "wan", "z-image"])
+@pytest.mark.parametrize("where", ["front", "behind"])
+def test_tokens_around_the_whole_model_are_named(pack, name, where):
+    """A wrapper puts tokens into the text before the model embeds it."""
+    case = CASES[name]
+
+    def adds_tokens(executor, x, timestep, context, *args, **kw):
+        return executor(x, timestep, placed(context, style(context), where, context.shape[1]), *args, **kw)
+
+    model = around_the_model(pack.patch(model_of(name)), adds_tokens)
+    with pytest.raises(RuntimeError, match=r"adds_tokens\) puts tokens into the text of the whole model"):
+        case.run(model, pack.negative(case.prompt(), negative=case.negative()))
+
+
+@pytest.mark.parametrize("name", ["chroma", "hunyuan", "hunyuan 1.5", "z-image", "cosmos"])
+def test_a_model_that_runs_twice_in_a_pass(pack, name):
+    case, model = CASES[name], model_of(name)
+
+    def twice(executor, *args, **kw):
+        return (executor(*args, **kw) + executor(*args, **kw)) / 2
+
+    result, _ = compared(pack, case, model, lambda m: around_the_model(m, twice))
+    once = case.run(pack.patch(model), pack.negative(case.prompt(), negative=case.negative()))
+    assert_close(result, once)
+
+
+def test_a_block_that_runs_twice(pack):
+    """On what it was given, both times; it makes of the text something else altogether."""
+    case, model = CASES["sd3"], load_sd3()
+    with torch.no_grad():
+        model.model.diffusion_model.joint_blocks[1].context_block.mlp.fc2.weight *= 3e4
+
+    def twice(args, extra):
+        first, again = (extra["original_block"](args) for _ in range(2))
+        return {name: (value + again[name]) / 2 for name, value in first.items()}
+
+    compared(pack, case, model, lambda m: with_block_patch(m, twice))

@@ -350,6 +350,21 @@ def test_the_map_of_a_video_with_a_reference(pack):
     assert_close(made.flatten(), expected[:, grid:].flatten(), 1e-4)
 
 
+@pytest.mark.parametrize("left_out", [0, 2])
+def test_the_map_of_a_video_with_guides(pack, left_out):
+    """Also where the model leaves tokens of a guide out."""
+    case, model = CASES["ltxv"], model_of("ltxv")
+    made = guided(case, at=(0, 8))
+    made[3][:, :, -1, 0, :left_out] = -1.0
+    recorded, holder = pack.mapping["VSFRecord"].execute(pack.patch(model)).result
+    run_guided(case, recorded, made, pack.negative(made[0], negative=case.negative()))
+    oracle, record = oracle_model(model, [case.expect(model, made[0])])
+    run_guided(case, oracle, made)
+    expected = torch.stack([share for _, share in record.shares]).double().mean(0)
+    assert holder.record.mean().shape[1:] == (3, 4, 5)
+    assert_close(holder.record.mean().flatten(), expected[:, : 3 * 4 * 5].flatten(), 1e-4)
+
+
 @pytest.mark.parametrize(("name", "dim", "size"), [("flux", 3, (16, 24)), ("wan", 3, (3, 16, 8)), ("flux", 0, (8, 12))])
 def test_the_map_of_windows(pack, name, dim, size):
     """In windows that do not touch, each place's map is that of the window it is in."""

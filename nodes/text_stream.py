@@ -32,7 +32,7 @@ class TextStream:
         self.strangers: Sequence[Callable] = ()
         """Patches of others that get the text in or between blocks."""
         self.copies = False
-        """Whether what goes into a patch is copied: in a run's first pass: patches may write into what they get."""
+        """Whether what goes into a patch is copied: in a run's first pass, since some write into what they get."""
         self.begin()
 
     def begin(self) -> None:

@@ -37,9 +37,10 @@ def check_tiles(entries: Sequence[dict], latent_map: LatentMap) -> None:
     if context is None:  # outside ComfyUI's queue
         return
     size = latent_map.shape[-2:]
-    for negative in (n for entry in entries for n in negatives_of(entry) if n.mask is not None):
+    for negative in {n for entry in entries for n in negatives_of(entry) if n.mask is not None}:
         use = _uses.get(negative)
-        if use is None or use.prompt != context.prompt_id:
+        next_item = use is not None and use.context[:2] == context[:2] and use.context != context  # of a list
+        if use is None or use.prompt != context.prompt_id or next_item:
             _uses[negative] = _Use(context.prompt_id, size, context)
             continue
         if any(part < whole for part, whole in zip(size, use.size, strict=True)):

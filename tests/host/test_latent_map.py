@@ -317,9 +317,13 @@ def test_tiles(pack, caplog):
         case.run(patched, attached, size=(8, 12))
         case.run(patched, attached, size=(8, 12))
     assert caplog.text.count("samples several times with a negative that has a mask") == 1
-    for item in range(2):
+    for item, size in enumerate([(16, 24), (8, 12)]):  # pictures of a list, of any sizes
         with at_work("list", item, "three"):
-            case.run(patched, attached, size=(8, 12))
+            case.run(patched, attached, size=size)
+    assert caplog.text.count("samples several times") == 1
+    combined = pack.negative(case.prompt() + case.prompt(seed=3), negative=case.negative(), mask=halves(128, 192))
+    with at_work("sampler", prompt="combined"):  # one run, of two entries with the same negative
+        case.run(patched, combined)
     assert caplog.text.count("samples several times") == 1
     plain = pack.negative(case.prompt(), negative=case.negative())
     for size in ((16, 24), (8, 12)):

@@ -75,10 +75,13 @@ class TextStream:
         """N's first token in ``text`` as it goes into a block; ``tokens_before``: see ``Family``."""
         if self._entered is None:
             self.leading = tokens_before(text.shape[1], self.count)
-            self.start, self.count, self._held = self.start + self.leading, text.shape[1], None
-        elif self.strangers or not torch.compiler.is_compiling():
+            self.start, self._held = self.start + self.leading, None
+        elif not torch.compiler.is_compiling():
             self.follow(text, ("before", block), self.strangers)
-        self._entered = self.start, text.shape[1]
+        elif self.strangers:  # in one stream with the picture, text comes first
+            self.follow(text[:, : self.count], ("before", block), self.strangers)
+        self.count = text.shape[1]
+        self._entered = self.start, self.count
         return self.start
 
     def enter_again(self, text: Tensor, given: Tensor, start: int) -> None:
@@ -135,7 +138,9 @@ def _most_alike(held: Tensor, n: slice, text: Tensor) -> int | None:
         return None
     before, after = (F.normalize((x - x.mean(dim=1, keepdim=True)).float(), dim=-1) for x in (held, text))
     cosines = (before[:, n] @ after.mT).mean(dim=0)
-    scores = torch.stack([cosines.diagonal(i).mean() for i in range(cosines.shape[1] - cosines.shape[0] + 1)])
+    rows, columns = cosines.shape
+    diagonals = cosines.contiguous().as_strided((columns - rows + 1, rows), (1, columns + 1))
+    scores = diagonals.mean(dim=1)
     best = int(scores.argmax())
     if held.shape == text.shape and best == n.start and scores[best] > ALIKE_IN_PLACE:
         return best

@@ -40,10 +40,10 @@ def compiled(model, family, part, backend="eager"):
     return clone
 
 
-def runs(pack, family, part, order="compile first"):
+def runs(pack, family, part, order="compile first", apply=lambda model: model):
     """A function that samples with given lengths and settings, compiled and not, and gives the relative difference."""
     load, width, pooled, size, _ = FAMILIES[family]
-    model = load()
+    model = apply(load())
     whole = compiled(model, family, part)
 
     def with_vsf(m, **settings):
@@ -94,6 +94,21 @@ def test_other_negatives_reuse_the_graph(pack):
     for n, settings in ((5, {"scale": 1.0}), (9, {"offset": 3.0}), (16, {})):
         assert check(13, n=n, **settings) <= 1e-5
     assert counters["stats"]["unique_graphs"] == before > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_block_patch_in_a_compiled_model(pack, family):
+    """Flux's last double block has the text alone, and the next one text and picture in one stream."""
+
+    def warmer(model):
+        patched = model.clone()
+        patched.set_model_patch_replace(
+            lambda args, extra: extra["original_block"]({**args, "img": args["img"] * 1.1}), "dit", "double_block", 1
+        )
+        return patched
+
+    check = runs(pack, family, "whole", apply=warmer)
+    assert max(check(13), check(13, 5), check(13, 4, seed=6), check(13)) <= 1e-6
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import CASES, JOINT, both, model_of, region
+from cases import CASES, DISTINCT, JOINT, SMOKE, both, model_of, region
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 from helpers import assert_close, only_rounded, relative, spy_override, with_override
@@ -31,6 +31,10 @@ def only(names):
     return pytest.mark.parametrize("name", names, indirect=True)
 
 
+DISTINCT_MODELS = only(DISTINCT)
+ALL_AND_SMOKE = only([pytest.param(name, marks=pytest.mark.smoke) if name in SMOKE else name for name in CASES])
+
+
 @pytest.mark.parametrize(
     ("n", "size", "batch", "cfg"),
     [(1, 0, 3, 1.0), (5, 1, 1, 2.5), (40, -1, 2, 2.5)],
@@ -45,11 +49,13 @@ def test_parity_with_dense_attention(pack, case, model, n, size, batch, cfg):
         assert relative(stock, expected) > (1e-4 if case.cross else 1e-3)
 
 
+@DISTINCT_MODELS
 @pytest.mark.parametrize(("alpha", "beta"), [(-2.0, -0.6), (6.0, 2.0)])
 def test_parity_over_scale_and_offset(pack, case, model, alpha, beta):
     assert_close(*both(pack, case, model, alpha=alpha, beta=beta))
 
 
+@DISTINCT_MODELS
 def test_each_prompt_its_own_negative(pack, case, model):
     """Two of different lengths in one batch are padded to one, which moves neither."""
     prompts, negatives = (case.prompt(), case.prompt(seed=9)), (case.negative(5), case.negative(40))
@@ -59,7 +65,7 @@ def test_each_prompt_its_own_negative(pack, case, model):
     assert_close(case.run(pack.patch(model), positive, other, cfg=2.5), expected)
 
 
-@pytest.mark.smoke
+@ALL_AND_SMOKE
 @pytest.mark.parametrize(("n", "size", "batch", "cfg"), [(1, 1, 2, 1.0), (40, 0, 1, 2.5)])
 def test_neutrality_at_a_large_finite_offset(pack, case, model, n, size, batch, cfg):
     """Offset 60 equals stock whatever N is, while N went through every block: nothing of it leaks into P, and it shifts
@@ -81,6 +87,7 @@ def test_neutrality_at_a_large_finite_offset(pack, case, model, n, size, batch, 
         assert seen.count(max(seen)) >= 2 * case.layers * 2
 
 
+@DISTINCT_MODELS
 def test_isolation(pack, case, model):
     """The picture does not see N (each token's mask is black): then changing N changes nothing at all."""
     patched, kw = pack.patch(model, scale=5.0, affect_references=False), {"cfg": 2.5}
@@ -127,7 +134,7 @@ def test_n_reads_nothing_of_p(pack, case, model):
     assert not torch.equal(first[:, n], other_n[:, n])
 
 
-@pytest.mark.smoke
+@ALL_AND_SMOKE
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
 def test_off(pack, case, model, cfg):
     """Of what turns it off, and of what happened before, ``test_off.py`` has more, on one model."""
@@ -166,6 +173,7 @@ def test_mask(pack, case, model, size, batch, cfg, affected):
     assert relative(case.run(pack.patch(model), everywhere, **run), expected) > 1e-4
 
 
+@DISTINCT_MODELS
 def test_two_negatives_with_a_region_each(pack, case, model):
     size, positive, left, right = case.sizes[0], case.prompt(), case.negative(5, 5), case.negative(3, 6)
     cells, pixels = region(size)
@@ -179,6 +187,7 @@ def test_two_negatives_with_a_region_each(pack, case, model):
     assert_close(case.run(pack.patch(model, scale=2.0), attached, cfg=2.5), case.run(oracle, positive, cfg=2.5))
 
 
+@DISTINCT_MODELS
 def test_each_picture_of_a_batch_its_own_mask(pack, case, model):
     if len(case.sizes[0]) == 3 and case.sizes[0][0] > 1:
         pytest.skip("a batch of masks is one for each frame")
@@ -191,7 +200,7 @@ def test_each_picture_of_a_batch_its_own_mask(pack, case, model):
     assert_close(result[1:], seen[1:])
 
 
-@pytest.mark.smoke
+@ALL_AND_SMOKE
 def test_blocks(pack, case, model):
     """In blocks that are not selected the picture does not see N; N0 goes on in isolation."""
     everywhere = case.run(pack.patch(model), pack.negative(case.prompt(), negative=case.negative()))
@@ -204,6 +213,7 @@ def test_blocks(pack, case, model):
             pack.patch(model, blocks=blocks)
 
 
+@DISTINCT_MODELS
 def test_row_mask_path(pack, case, model):
     """An attention of another pack's: no log-sum-exp, so with a mask of one row, or of a row for each image token."""
     cells, pixels = region(case.sizes[0])

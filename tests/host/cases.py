@@ -390,8 +390,8 @@ def both(
 ):
     """The latents of a patched run, and of the oracle's.
 
-    patch, node: inputs of the two nodes; expect: of ``Expect``; run: of ``Case.run``, where ``other`` is the sampler's
-    negative, and ``stock`` the oracle's model if it is another one."""
+    patch, node: inputs of VSF Model Patch and of VSF Negative Conditioning; expect: of ``Expect``; run: of
+    ``Case.run``, where ``other`` is the sampler's negative, and ``stock`` the oracle's model if it is another one."""
     alpha = (1.9 if case.cross else 3.3) if alpha is None else alpha
     positive = positive or case.prompt(size=run.get("size"))
     negative, other = negative or case.negative(n), run.pop("other", None)

@@ -1,4 +1,4 @@
-"""What the two nodes refuse, and what they say."""
+"""What the nodes refuse, and what they say."""
 
 import logging
 

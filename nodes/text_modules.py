@@ -54,7 +54,8 @@ def _positions(forward: ForwardContext, diffusion_model: Any, compiled: bool) ->
 @contextmanager
 def _refined(family: Family, diffusion_model: Any) -> Iterator[None]:
     """While open, N and P go through the family's ``token_refiner`` one by one, by torch's own hooks."""
-    if family.token_refiner is None:
+    name = family.token_refiner()
+    if name is None:
         yield
         return
     refined = []
@@ -70,7 +71,7 @@ def _refined(family: Family, diffusion_model: Any) -> Iterator[None]:
     def with_n(_module: Any, _given: tuple, _options: dict, text: Tensor) -> Tensor:
         return torch.cat([refined.pop(), text], dim=1)
 
-    module = getattr(diffusion_model, family.token_refiner)
+    module = getattr(diffusion_model, name)
     handles = [
         module.register_forward_pre_hook(without_n, with_kwargs=True),
         module.register_forward_hook(with_n, with_kwargs=True),

@@ -35,8 +35,9 @@ class AttentionBackend:
         return self.lse if mask is None else None
 
     def with_lse(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """``lse``, which must be given, at this scale."""
-        assert self.lse is not None
+        """``lse`` at this scale. Raises ``ValueError`` where it is not given."""
+        if self.lse is None:
+            raise ValueError("this backend has no attention that returns its log-sum-exp")
         return self.lse(q, k, v, self.softmax_scale)
 
 

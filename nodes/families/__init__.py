@@ -59,7 +59,7 @@ def family_of(model: Any) -> Family:
         family.check(model)
         for ask in (family.block_counts, family.context_width, family.head_dim):  # what a run will ask for
             ask(diffusion_model)
-        for name in (family.rope_module(diffusion_model), family.token_refiner):
+        for name in (family.rope_module(diffusion_model), family.token_refiner()):
             getattr(diffusion_model, name or "forward")
     except AttributeError as error:
         raise changed_host(f"this model of {family.title} is built otherwise ({error})") from error

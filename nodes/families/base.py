@@ -43,9 +43,6 @@ class Family(ABC):
     """By how much the image's grid is coarser than that, for each grid that blocks attend from: a UNet has several."""
     released: Released | None = None
     """None where the authors released no pipeline for the family."""
-    token_refiner: str | None = None
-    """The diffusion model's module in which text tokens see one another before the blocks, called with (text,
-    timesteps, mask): N goes through it by itself."""
     cross_attention: bool = False
     """Text is seen in cross-attention alone (Eq. 9): no duplication and no isolation are needed."""
     has_text_mask: bool = False
@@ -85,6 +82,11 @@ class Family(ABC):
     @abstractmethod
     def head_dim(self, diffusion_model: Any) -> int:
         """Channels of one attention head, the widest."""
+
+    def token_refiner(self) -> str | None:
+        """The diffusion model's module in which text tokens see one another before the blocks, called with (text,
+        timesteps, mask): N goes through it by itself."""
+        return None
 
     def rope_module(self, diffusion_model: Any) -> str | None:
         """The diffusion model's module that turns token positions into rotations, where text tokens are counted

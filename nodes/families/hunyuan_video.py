@@ -20,7 +20,9 @@ class HunyuanVideo(Flux):
         ),
     )
     released = None
-    token_refiner = "txt_in"
+
+    def token_refiner(self) -> str:
+        return "txt_in"
 
     def reference_tokens(self, conds: Mapping[str, Any], diffusion_model: Any) -> tuple[int, int]:
         if conds.get("guiding_frame_index") is not None:

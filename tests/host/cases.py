@@ -366,7 +366,7 @@ JOINT = [name for name, case in CASES.items() if not case.cross]
 VARIANTS = {"flux dev", "qwen-image, padding", "qwen-image edit 2511", "wan 5b", "wan camera 2.2", "sd2", "ltx2.3"}
 """Models that differ from another one here in what a prompt carries, or in sizes alone."""
 DISTINCT = [name for name in CASES if name not in VARIANTS]
-SMOKE = ("sd3", "flux", "qwen-image", "z-image", "hunyuan 1.5", "wan", "sdxl", "anima", "ltx2")
+SMOKE = ("sd3", "flux", "qwen-image", "z-image", "wan", "sdxl", "anima")
 """Those that the usual test command tries on older ComfyUIs, too: one of each kind of model."""
 
 

@@ -201,6 +201,7 @@ def make_forward_context(
     conds: Mapping[str, Any],
     diffusion_model: Any,
     text: TextStream,
+    taken: set[int],
     backend: Backend,
     recorded: bool,
 ) -> ForwardContext:
@@ -211,7 +212,6 @@ def make_forward_context(
     own = family.grid(latent) if kept is None else int(kept.sum())
     is_padding, released = torch.isinf(batch.beta.float()[:, 0]), settings.released_by(family)
     beta = _image_beta(family, batch, latent, kept, (before, after, filling), settings.affect_references)
-    all_selected = len(run.selected) == len(run.blocks)
     shape = len(LAYERS), latent.shape[0], before + own + after + filling
     return ForwardContext(
         family=family,
@@ -220,7 +220,7 @@ def make_forward_context(
         text=text,
         alpha=batch.alpha.float(),
         beta=beta,
-        nowhere=beta if all_selected else torch.full_like(beta, torch.inf),
+        nowhere=beta if len(run.selected) == len(run.blocks) else torch.full_like(beta, torch.inf),
         padding=is_padding if is_padding.shape[1] > 1 else None,
         released=released,
         method=settings.arithmetic.on(latent.device),
@@ -230,7 +230,7 @@ def make_forward_context(
         rows=_rows(family.grids(latent), before + own, after, filling),
         own=slice(before, before + own),
         kept=kept,
-        taken=family.lengths_to_avoid(latent, conds, diffusion_model),
+        taken=taken,
         reached=torch.zeros(3, len(run.blocks), dtype=torch.int32),
         attention_mass=torch.zeros(shape, device=latent.device) if recorded else None,
     )

@@ -52,3 +52,19 @@ def client():
     tree, models = Path(os.environ["VSF_COMFYUI"]), Path(os.environ["VSF_MODELS"])
     with ComfyServer(tree, sys.executable, ROOT, models, extra_args=("--cache-lru", "100")) as running:
         yield ComfyClient(running.address)
+
+
+@pytest.fixture
+def case(name):
+    """What the table says of the tiny model that a test file calls ``name``."""
+    from cases import CASES
+
+    return CASES[name]
+
+
+@pytest.fixture
+def model(name):
+    """The model itself."""
+    from cases import model_of
+
+    return model_of(name)

@@ -16,16 +16,6 @@ def name(request):
     return request.param
 
 
-@pytest.fixture
-def case(name):
-    return CASES[name]
-
-
-@pytest.fixture
-def model(name):
-    return model_of(name)
-
-
 @pytest.mark.parametrize(("grid", "cfg"), [(0, 1.0), (-1, 2.5)])
 def test_as_many_image_tokens_as_text_tokens(pack, case, model, grid, cfg):
     """Self-attention must pass through untouched."""

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import CASES, DISTINCT, JOINT, SMOKE, both, model_of, region
+from cases import CASES, DISTINCT, JOINT, SMOKE, both, region
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 from helpers import assert_close, only_rounded, relative, spy_override, with_override
@@ -14,16 +14,6 @@ from oracle import Expect, oracle_model
 @pytest.fixture(scope="module", params=CASES)
 def name(request):
     return request.param
-
-
-@pytest.fixture
-def case(name):
-    return CASES[name]
-
-
-@pytest.fixture
-def model(name):
-    return model_of(name)
 
 
 def only(names):

@@ -24,16 +24,6 @@ def name(request):
     return request.param
 
 
-@pytest.fixture
-def case(name):
-    return CASES[name]
-
-
-@pytest.fixture
-def model(name):
-    return model_of(name)
-
-
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
 def test_as_many_tokens_of_sound_as_of_text(pack, case, model, cfg):
     """Sound's attention to itself, and the video's to it, must pass through untouched."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES, both, model_of
+from cases import both
 from helpers import assert_close, relative, spy_override, text, with_override
 from oracle import Expect, oracle_model
 
@@ -10,16 +10,6 @@ from oracle import Expect, oracle_model
 @pytest.fixture(scope="module", params=["sd3", "sd3.5 medium"])
 def name(request):
     return request.param
-
-
-@pytest.fixture
-def case(name):
-    return CASES[name]
-
-
-@pytest.fixture
-def model(name):
-    return model_of(name)
 
 
 @pytest.mark.parametrize("n", [1, 40])

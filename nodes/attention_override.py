@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..vsf_core import AttentionBackend, TokenLayout, attend_cross, attend_joint, padding_mask, unless_all, way_of
+from ..vsf_core import TokenLayout, attend_cross, attend_joint, padding_mask, unless_all, way_of
 from .blocks import Block
 from .forward_context import BLOCK_KEY, FORWARD_KEY, BlockContext, ForwardContext
 from .host_attention import OVERRIDE, HostAttention
@@ -129,7 +129,7 @@ def _cross_override(previous: Callable | None, func: Callable, *args: Any, **kwa
     block: BlockContext | None = host.options.get(BLOCK_KEY)
     if block is None:
         block = forward.block_outside(host.options)
-    backend = _backend(forward, host)
+    backend = forward.backend.of(host)
     if not block.enter(forward.run.paths, way_of(forward.method, backend, mask, cross=True)):
         return host.join(host.black_box(q, *positive, mask))
     terms, mass = forward.terms(block, host.queries), block.attention_mass(host.queries, forward.rows)
@@ -181,7 +181,7 @@ def _joint(host: HostAttention, layout: TokenLayout, block: BlockContext) -> Ten
     forward: ForwardContext = host.options[FORWARD_KEY]
     q, k, v = host.split()
     mask = _total_mask(host.mask, layout, block.kind, forward, q.dtype)
-    backend = _backend(forward, host)
+    backend = forward.backend.of(host)
     ordinary = forward.released is not None and block.kind not in forward.released.kinds
     entered = block.enter(forward.run.paths, "ordinary text" if ordinary else way_of(forward.method, backend, mask))
     mass = block.attention_mass(layout.image, forward.rows)
@@ -189,13 +189,6 @@ def _joint(host: HostAttention, layout: TokenLayout, block: BlockContext) -> Ten
         return host.join(backend.black_box(q, k, v, mask))
     terms = forward.terms(block, layout.image, seen=entered)
     return host.join(attend_joint(forward.method, backend, q, k, v, layout, terms, mask, mass))
-
-
-def _backend(forward: ForwardContext, host: HostAttention) -> AttentionBackend:
-    """What this call may be made of."""
-    chosen = forward.backend
-    name = host.name if chosen.ignores_mask is None else "PyTorch"
-    return AttentionBackend(chosen.masked(host), chosen.attention(host), host.scale, name)
 
 
 def _total_mask(

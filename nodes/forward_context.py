@@ -151,7 +151,7 @@ class ForwardContext:
         nones = (self.padding, self.padding_as_text, self.released, self.attention_mass)
         blocks = "".join(str(int(block in self.run.selected)) for block in self.run.blocks)
         b = self.backend
-        attention = (b.library, b.attend and b.attend.__name__, b.ignores_mask is None)
+        attention = (b.library, b.attend and b.attend.__name__, b.ignores_mask is None, b.fused is None, b.forced)
         kinds = (int(value is None) for value in nones)
         return "_".join(map(str, (*shapes, *kinds, *attention, blocks, type(self.method).__name__)))
 

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from os import environ
+from typing import TYPE_CHECKING, Any
 
 import comfy.ldm.modules.attention as comfy_attention
 import torch
@@ -11,7 +12,10 @@ import torch.nn.functional as F
 from comfy.model_management import OOM_EXCEPTION, InterruptProcessingException
 from torch import Tensor
 
-from ..vsf_core import LSEAttention, lse_attention
+from ..vsf_core import WAYS, Attention, AttentionBackend, LSEAttention, fused_attention, lse_attention
+
+if TYPE_CHECKING:
+    from ..vsf_core.fused import FusedAttention
 
 OVERRIDE = "optimized_attention_override"
 LIBRARIES = {
@@ -22,7 +26,10 @@ LIBRARIES = {
 }
 """ComfyUI's attention functions whose library can return the log-sum-exp (``vsf_core.lse_attention``)."""
 
-TRIAL_TOKENS = 64
+TRIALS = (64, 130, 1153)
+"""Numbers of tokens for which an attention must apply a mask: some ignore it only beyond a length."""
+FORCE = "VSF_ATTENTION"
+"""The environment variable that forces one of ``vsf_core.WAYS``, for bug reports."""
 
 
 class HostAttention:
@@ -91,27 +98,35 @@ class Backend:
     """None: the call itself, with a mask of one row."""
     ignores_mask: str | None = None
     """The name of an attention that ignores masks, so that PyTorch's runs in its place."""
+    fused: "FusedAttention | None" = None
+    forced: str | None = None
+    """What ``FORCE`` says."""
 
-    def attention(self, host: HostAttention) -> LSEAttention | None:
-        """What returns the log-sum-exp for this call, or None."""
-        return self.attend if host.library == self.library else None
+    def of(self, host: HostAttention) -> AttentionBackend:
+        """What this call may be made of."""
+        meant = host.library == self.library
+        name = host.name if self.ignores_mask is None else "PyTorch"
+        attend, fused = (self.attend, self.fused) if meant else (None, None)
+        return AttentionBackend(self.masked(host), attend, host.scale, name, fused, self.forced)
 
-    def masked(self, host: HostAttention) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
+    def masked(self, host: HostAttention) -> Attention:
         """An attention that takes an additive mask."""
         return host.black_box if self.ignores_mask is None else partial(_sdpa, scale=host.scale)
 
 
 def choose_backend(options: Mapping[str, Any], device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
-    """The backend for a forward pass with these ``transformer_options``. Raises ``RuntimeError`` if there is none."""
-    g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 2, TRIAL_TOKENS, head_dim, generator=g).to(device, dtype) for _ in range(3))
-    func = comfy_attention.optimized_attention
-    func = getattr(func, "__wrapped__", func)
-    options = {"block_index": 0, **options}
-    host = HostAttention(options.get(OVERRIDE), func, q, k, v, 2, skip_reshape=True, transformer_options=options)
+    """The backend for a forward pass with these ``transformer_options``. Raises ``RuntimeError`` if there is none, or
+    not the one that is forced, and ``ValueError`` if that has no such name."""
+    forced = environ.get(FORCE) or None
+    if forced not in (None, *WAYS):
+        raise ValueError(f"VSF: {FORCE} is {forced!r}, and may be {', '.join(WAYS)}, or not set at all.")
+    host = _trial(options, TRIALS[0], device, dtype, head_dim)
+    if forced is not None:
+        return _forced_backend(forced, host, device, dtype, head_dim)
+    fused = fused_attention(device, dtype, head_dim) if host.library == "torch" else None
     attend = host.library and lse_attention(device, dtype, head_dim, host.library)
-    if attend or _applies_masks(host):
-        return Backend(host.library, attend or None)
+    if attend or all(_applies_masks(_trial(options, tokens, device, dtype, head_dim)) for tokens in TRIALS):
+        return Backend(host.library, attend or None, fused=fused)
     attend = lse_attention(device, dtype, head_dim)
     if attend is None:
         raise RuntimeError(
@@ -122,13 +137,41 @@ def choose_backend(options: Mapping[str, Any], device: torch.device, dtype: torc
     return Backend(host.library, attend, ignores_mask=host.name)
 
 
+def _forced_backend(
+    forced: str, host: HostAttention, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> Backend:
+    """As asked for, whatever the attention in use. Raises ``RuntimeError`` if it can't be."""
+    fused = fused_attention(device, dtype, head_dim, forced=True) if forced == "fused" else None
+    attend = lse_attention(device, dtype, head_dim) if forced == "merge" else None
+    if (forced == "fused" and fused is None) or (forced == "merge" and attend is None):
+        why = "needs Triton and a CUDA device" if forced == "fused" else "needs an attention with a log-sum-exp"
+        raise RuntimeError(
+            f"VSF: {FORCE}={forced} {why}, which {device.type} in {dtype} with heads of {head_dim} has not. Set it to "
+            f"another of {', '.join(WAYS)}, or not at all."
+        )
+    return Backend(host.library, attend, fused=fused, forced=forced)
+
+
+def _trial(
+    options: Mapping[str, Any], tokens: int, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> HostAttention:
+    """A small call of the attention in use, of random q, k and v."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, tokens, head_dim, generator=g).to(device, dtype) for _ in range(3))
+    func = comfy_attention.optimized_attention
+    func = getattr(func, "__wrapped__", func)
+    options = {"block_index": 0, **options}
+    return HostAttention(options.get(OVERRIDE), func, q, k, v, 2, skip_reshape=True, transformer_options=options)
+
+
 def _applies_masks(host: HostAttention) -> bool:
     """Whether the host's attention applies an additive mask of one row; SageAttention's kernels, for one, do not.
 
     True where the attempt fails: then the real call will fail too, and say why.
     """
     q, k, v = host.given
-    mask = torch.zeros(1, 1, 1, k.shape[2]).to(q)
+    columns = -(-k.shape[2] // 16) * 16  # a row begins where kernels want it
+    mask = torch.zeros(1, 1, 1, columns).to(q)[..., : k.shape[2]]
     mask[..., k.shape[2] // 2 :] = -torch.inf
     try:
         out = host.black_box(q, k, v, mask)

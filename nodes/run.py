@@ -178,8 +178,7 @@ class Run:
             self.ready.popitem(last=False)
         batches = self.ready[key][1]
         return {
-            id(entry): {**batch.to_conds(), **_length_of(entry)}
-            for entry, batch in zip(entries, batches, strict=True)
+            id(entry): {**batch.to_conds(), **_length_of(entry)} for entry, batch in zip(entries, batches, strict=True)
         }
 
     def _batches(self, groups: list, model: Any, x: Tensor, view: View) -> list[NegativeBatch]:

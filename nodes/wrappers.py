@@ -174,9 +174,7 @@ class VSFPatch:
                 f"{self.settings.method.name} has no such part. Remove VSF Record, or set method to vsf on VSF Model "
                 "Patch."
             )
-        return text, make_forward_context(
-            run, batch, latent, conds, diffusion_model, stream, taken, backend, recorded
-        )
+        return text, make_forward_context(run, batch, latent, conds, diffusion_model, stream, taken, backend, recorded)
 
     def _grown(self, conds: dict, batch: NegativeBatch, forward: ForwardContext, positive: Tensor) -> dict:
         """The conds besides the text, as they fit [N, P]: a mask over it, and the released pipeline's pooled text."""

@@ -11,7 +11,7 @@ the negative ones. This package is torch only: it knows nothing of ComfyUI and i
 
 from .attention import NegativeTerms
 from .attention_map import LAYERS, AttentionRecord, layer_of
-from .backends import Attention, AttentionBackend, LSEAttention, lse_attention
+from .backends import WAYS, Attention, AttentionBackend, LSEAttention, fused_attention, lse_attention
 from .embeddings import content_length, extrapolate, null_embedding
 from .layout import TokenLayout, padding_mask, unless_all
 from .methods import NAG, NASA, VSF, Guidance, Method, attend_cross, attend_joint, way_of

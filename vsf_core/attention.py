@@ -8,15 +8,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .backends import AttentionBackend
 from .layout import TokenLayout, padding_mask
 
 SLIVER_BYTES = {"cpu": 2 * 2**20}
-OTHER_SLIVER_BYTES = 32 * 2**20
-"""Most memory that one temporary of the image-times-negative sliver may take, by type of device; a few are alive at a
-time. On a GPU each further chunk is a few more kernels to launch."""
+OTHER_SLIVER_BYTES = 256 * 2**20
+"""Most memory that one temporary of the image-times-negative sliver may take, by type of device. A CPU is quickest in
+its cache; on a GPU each further chunk is a few more kernels to launch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,46 +55,75 @@ def merge_negative_(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    alpha: Tensor | float,
+    alpha: Tensor | None,
     beta: Tensor | None,
     backend: AttentionBackend,
     attention_mass: Tensor | None = None,
 ) -> Tensor:
     """In place: ``z <- W z - alpha (1 - W) softmax(S) V-``, ``S = q K-^T softmax_scale - beta``, ``W = sigmoid(lse -
-    lse-)``, ``lse- = logsumexp(S)``. ``beta`` None: 0.
+    lse-)``, ``lse- = logsumexp(S)``. ``beta`` None: 0. ``alpha`` None: -1, attention over both as any other.
 
     ``z``, ``lse``: attention of ``q`` over the positive keys, which the negative ones ``k`` now join. This is the
-    softmax over [K+, K-] with values [V+, -alpha V-], to the last rounding (VSF's Eq. 7 and 8, and its Appendix B);
-    with alpha = -1 attention over both as any other.
+    softmax over [K+, K-] with values [V+, -alpha V-], to the last rounding (VSF's Eq. 7 and 8, and its Appendix B).
     """
-    if isinstance(alpha, Tensor):
-        alpha = alpha[:, None].to(v.dtype)
-    flipped = v * -alpha
-    beta = lse.new_zeros(1, 1, 1, 1) if beta is None else beta[:, None]
+    per_token = beta is not None and beta.shape[-1] > 1
+    if not per_token and alpha is not None and alpha.shape[1] > 1:
+        # 1 at most goes into the values, which would overflow in fp16, and the rest into the weights, which are fp32
+        largest = alpha.abs().amax(dim=1, keepdim=True).clamp_min(1e-12)
+        v, alpha = v * (alpha / largest)[:, None].to(v.dtype), largest
+    alpha, beta = (None if terms is None else terms[:, None] for terms in (alpha, beta))
     for rows in row_chunks(z, k.shape[2]):
-        part = beta[:, :, rows] if beta.shape[2] > 1 else beta
-        weight = _merge_rows_(z[:, :, rows], lse[:, :, rows, None], q[:, :, rows], k, flipped, part, backend)
+        part = beta if beta is None or beta.shape[2] == 1 else beta[:, :, rows]
+        chunk = z[:, :, rows], lse[:, :, rows, None], q[:, :, rows], k, v, alpha
+        if part is not None and per_token:
+            weight = _merge_per_token_(*chunk, part, backend.softmax_scale)
+        else:
+            weight = _merge_rows_(*chunk, part, backend)
         if attention_mass is not None:
             attention_mass[:, rows] += weight.sum(dim=-1).mean(dim=1)
     return z
 
 
 def _merge_rows_(
-    z: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, backend: AttentionBackend
+    z: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    backend: AttentionBackend,
 ) -> Tensor:
-    """Returns the weight on the negative, [B, H, rows, 1], or on each of its tokens, [B, H, rows, N]."""
-    if beta.shape[-1] == 1:  # it moves out of the negative keys' softmax: lse- = lse(q K-^T) - beta
-        z_neg, lse_neg = backend.with_lse(q, k, v)
-        margin = lse - lse_neg[..., None] + beta
-        negative = torch.sigmoid(-margin)
-        z.mul_(torch.sigmoid(margin)).addcmul_(z_neg, negative)  # weights stay fp32, one rounding each
-        return negative
-    scaled = q.float() * (q.shape[-1] ** -0.5 if backend.softmax_scale is None else backend.softmax_scale)
+    """One beta for all of N moves out of its softmax: lse- = lse(q K-^T) - beta. Returns 1 - W, [B, H, rows, 1]."""
+    z_neg, lse_neg = backend.with_lse(q, k, v)
+    share = lse_neg[..., None] - lse
+    share = (share if beta is None else share.sub_(beta)).sigmoid_()
+    z.mul_(1 - share)  # weights stay fp32, one rounding each
+    if alpha is None:
+        z.addcmul_(z_neg, share)
+    else:
+        z.addcmul_(z_neg, share * alpha, value=-1)
+    return share
+
+
+def _merge_per_token_(
+    z: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor | None,
+    beta: Tensor,
+    softmax_scale: float | None,
+) -> Tensor:
+    """Returns the weight on each token of N, [B, H, rows, N]."""
+    scaled = q.float() * (q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
     # fp32 logits: at +-50 a bf16 logit is off by 0.2
     logits = torch.matmul(scaled, k.float().transpose(-1, -2)) - beta
     total = torch.logaddexp(lse, torch.logsumexp(logits, dim=-1, keepdim=True))
     negative = torch.exp(logits - total)
-    z.mul_(torch.exp(lse - total)).add_(torch.matmul(negative, v.float()))
+    values = v.float() if alpha is None else v.float() * -alpha
+    z.mul_(torch.exp(lse - total)).add_(torch.matmul(negative, values))
     return negative
 
 
@@ -110,6 +140,21 @@ def row_chunks(z: Tensor, negative: int) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
+def attend_from_negative(call: JointCall) -> Tensor:
+    """N's own rows, [B, H, N, D]: attention to the image and to N, as in a pass of its own. One small call."""
+    layout, padding = call.layout, call.negative.padding
+    hidden = None
+    if layout.positive or padding is not None:
+        batch, keys = 1 if padding is None else padding.shape[0], layout.keys
+        hidden = call.q.new_zeros(batch, 1, 1, -(-keys // 16) * 16)[..., :keys]  # rows begin where kernels want them
+        for p in layout.spans("P"):
+            hidden[..., p] = -torch.inf
+        if padding is not None:
+            hidden[:, 0, 0, layout.span("N")] = padding_mask(padding, call.q.dtype)
+    q = call.q[:, :, layout.span("N")]
+    return F.scaled_dot_product_attention(q, call.k, call.v, attn_mask=hidden, scale=call.backend.softmax_scale)
+
+
 def joint_attention(call: JointCall) -> Tensor:
     """VSF for joint attention: equals ``joint_attention_reference`` without its mask."""
     q, k, v, layout, backend, negative = call.q, call.k, call.v, call.layout, call.backend, call.negative
@@ -118,10 +163,10 @@ def joint_attention(call: JointCall) -> Tensor:
     z, lse = backend.with_lse(q, layout.take("PI", k), layout.take("PI", v))
     if layout.negative == 0:
         return z
-    text, hidden = (k[:, :, n], v[:, :, n]), padding_beta(negative.padding)
     if negative.beta is not None:
-        terms = negative.alpha, negative.beta if hidden is None else negative.beta + hidden
-        merge_negative_(z[:, :, i], lse[:, :, i], q[:, :, i], *text, *terms, backend, call.attention_mass)
-    z_n, lse_n = backend.with_lse(q[:, :, n], layout.take("I", k), layout.take("I", v))
-    z[:, :, n] = merge_negative_(z_n, lse_n, q[:, :, n], *text, -1.0, hidden, backend)
+        hidden = padding_beta(negative.padding)
+        beta = negative.beta if hidden is None else negative.beta + hidden
+        text = k[:, :, n], v[:, :, n], negative.alpha, beta
+        merge_negative_(z[:, :, i], lse[:, :, i], q[:, :, i], *text, backend, call.attention_mass)
+    z[:, :, n] = attend_from_negative(call)
     return z

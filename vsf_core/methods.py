@@ -1,13 +1,15 @@
 """The door: ``attend_joint`` and ``attend_cross`` do with a negative what a method does (VSF, NAG, NASA), in the best
 way that a backend allows. Nobody else has to know which ways there are:
 
-========= ============================================== ==========================================================
-method    with a log-sum-exp                             black box alone, or with a mask of the caller's own
-========= ============================================== ==========================================================
-VSF       one attention over [P, I], a sliver merged in  one attention over all, with masks of one row
-NAG, NASA joint: one attention over I, and slivers       joint: over [P, I], and over all with masks of one row
-          cross: as on the right                         cross: two attentions, over P and over N
-========= ============================================== ==========================================================
+========= =================== ======================================= ==========================================
+method    fused kernel        with a log-sum-exp                      black box, maybe under a mask of the caller's
+========= =================== ======================================= ==========================================
+VSF       one launch          one attention over [P, I], a sliver     one attention over all, with masks of one
+                              merged in                               row
+NAG, NASA one launch for Z+   joint: one attention over I, and        joint: over [P, I], and over all with masks
+          and Z-, a few more  slivers                                 of one row
+          for the formula     cross: as on the right                  cross: two attentions, over P and over N
+========= =================== ======================================= ==========================================
 
 Shapes: q, k, v [B, H, L, D]; ``mask``: the caller's own, additive, [B or 1, 1, 1 or L, L] (cross-attention: over P,
 [B or 1, 1, 1, P]). ``attention_mass``: None, or [B, I] in fp32 to which 1 - W is added, the part of each image token's
@@ -15,7 +17,7 @@ attention that falls on the negative, averaged over heads. It changes no result.
 it costs a second call of the black box and is as exact as that one's dtype.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,7 @@ from .backends import AttentionBackend
 from .guidance import joint_attention_guided, steer_
 from .layout import TokenLayout, padding_mask, unless_all
 from .masked import RowMasks, joint_attention_masked
+from .reference import cross_attention_exact, exact, joint_attention_exact
 
 
 class Method:
@@ -49,8 +52,8 @@ class VSF(Method):
 class Guidance(Method):
     """A method that steers the image's attention from Z-, what it would be with N in P's place, to Z+."""
 
-    def __call__(self, z_pos: Tensor, z_neg: Tensor, phi: Tensor) -> Tensor:
-        """Z: fp32 [B, H, I, D]; phi [B or 1, 1, 1, 1]."""
+    def __call__(self, z_pos: Tensor, step: Tensor, phi: Tensor, presence: Tensor) -> tuple[Tensor, Tensor]:
+        """``guidance.Steer``: what the image's Z+ and its ``step`` Z+ - Z- are multiplied by."""
         raise NotImplementedError
 
 
@@ -67,10 +70,10 @@ class NAG(Guidance):
     alpha: float | Tensor
     tau: float | Tensor
 
-    def __call__(self, z_pos: Tensor, z_neg: Tensor, phi: Tensor) -> Tensor:
-        z = z_pos + phi * (z_pos - z_neg)
-        ratio = _length(z) / _length(z_pos)
-        return torch.lerp(z_pos, z * (self.tau / ratio).clamp_max(1.0), self.alpha)
+    def __call__(self, z_pos: Tensor, step: Tensor, phi: Tensor, presence: Tensor) -> tuple[Tensor, Tensor]:
+        steered = torch.addcmul(z_pos, step, phi)  # fp32: phi may be large
+        kept = (self.tau * _length(z_pos) / _length(steered)).clamp_max(1.0) * self.alpha
+        return 1 + presence * (kept - self.alpha), presence * kept * phi
 
     def on(self, device: torch.device) -> "NAG":
         return NAG(*(torch.as_tensor(number, dtype=torch.float32, device=device) for number in (self.alpha, self.tau)))
@@ -80,13 +83,14 @@ class NAG(Guidance):
 class NASA(Guidance):
     """Negative-Aware Self-Attention, arXiv 2412.02687: ``Z = Z+ - phi Z-``."""
 
-    def __call__(self, z_pos: Tensor, z_neg: Tensor, phi: Tensor) -> Tensor:
-        return z_pos - phi * z_neg
+    def __call__(self, z_pos: Tensor, step: Tensor, phi: Tensor, presence: Tensor) -> tuple[Tensor, Tensor]:
+        moved = presence * phi
+        return 1 - moved, moved
 
 
 def _length(z: Tensor) -> Tensor:
-    """L1 norm over heads and channels, [B, 1, I, 1]."""
-    return z.abs().sum(dim=(1, 3), keepdim=True).clamp_min(1e-6)
+    """L1 norm over heads and channels, fp32 [B, 1, I, 1]."""
+    return torch.linalg.vector_norm(z, 1, dim=(1, 3), keepdim=True, dtype=torch.float32).clamp_min(1e-6)
 
 
 def attend_joint(
@@ -105,9 +109,17 @@ def attend_joint(
     _check_mass(method, attention_mass)
     call = JointCall(q, k, v, layout, negative, backend, mask, attention_mass)
     steer = method if isinstance(method, Guidance) and negative.beta is not None else None
-    if backend.lse_under(mask) is None:
-        return joint_attention_masked(call, steer)
-    return joint_attention(call) if steer is None else joint_attention_guided(call, steer)
+    way = backend.way(mask)
+    if way == "fused" and backend.fused is not None:
+        z, *others = backend.fused.joint(call, steer is not None)
+        if attention_mass is not None:
+            attention_mass += others[0].mean(dim=1)
+        if steer is not None:
+            steer_(z[:, :, layout.span("I")], others[0], steer, negative)
+        return z
+    if way == "merge":
+        return joint_attention(call) if steer is None else joint_attention_guided(call, steer)
+    return joint_attention_masked(call, steer) if way == "mask" else joint_attention_exact(call, steer)
 
 
 def attend_cross(
@@ -124,16 +136,28 @@ def attend_cross(
 ) -> Tensor:
     """Cross-attention with a negative, [B, H, I, D]. ``ValueError`` as above."""
     _check_mass(method, attention_mass)
-    if negative.beta is None:
+    beta = negative.beta
+    if beta is None:
         return backend.black_box(q, k, v, mask)
+    guided, way, text = isinstance(method, Guidance), backend.way(mask), (k_neg, v_neg)
+    if guided and negative.padding is not None:
+        negative = replace(negative, padding=unless_all(negative.padding))
+    if way == "fused" and backend.fused is not None:
+        share = attention_mass is not None
+        z, *others = backend.fused.cross(q, k, v, *text, negative, mask, backend.softmax_scale, guided, share)
+        if attention_mass is not None:
+            attention_mass += others[0].mean(dim=1)
+        return steer_(z, others[0], method, negative) if isinstance(method, Guidance) else z
     if isinstance(method, Guidance):
-        seen = None if negative.padding is None else padding_mask(unless_all(negative.padding), q.dtype)[:, None, None]
-        z = backend.black_box(q, k, v, mask)
-        return steer_(z, backend.black_box(q, k_neg, v_neg, seen), method, negative)
-    hidden = padding_beta(negative.padding)
-    alpha, beta = negative.alpha, negative.beta if hidden is None else negative.beta + hidden
-    if backend.lse_under(mask) is not None:
-        return merge_negative_(*backend.with_lse(q, k, v), q, k_neg, v_neg, alpha, beta, backend, attention_mass)
+        attend = exact if way == "reference" else backend.black_box
+        hidden = None if negative.padding is None else padding_mask(negative.padding, q.dtype)[:, None, None]
+        return steer_(attend(q, k, v, mask), attend(q, *text, hidden), method, negative)
+    hidden, alpha = padding_beta(negative.padding), negative.alpha
+    beta = beta if hidden is None else beta + hidden
+    if way == "merge":
+        return merge_negative_(*backend.with_lse(q, k, v), q, *text, alpha, beta, backend, attention_mass)
+    if way == "reference":
+        return cross_attention_exact(q, k, v, *text, alpha, beta, mask, backend.softmax_scale, attention_mass)
     n, image = slice(0, k_neg.shape[2]), slice(0, q.shape[2])
     keys = torch.cat((k_neg, k), dim=2)
     values = torch.cat((-alpha[:, None].to(v.dtype) * v_neg, v), dim=2)
@@ -146,10 +170,14 @@ def attend_cross(
 
 def way_of(method: Method, backend: AttentionBackend, mask: Tensor | None = None, cross: bool = False) -> str:
     """In words, for a log: how the two above compute a call with these."""
-    if cross and isinstance(method, Guidance):
-        return "two cross-attentions"
-    lse = backend.lse_under(mask)
-    return f"row mask ({backend.name})" if lse is None else f"log-sum-exp merge ({lse.__name__})"
+    way = backend.way(mask)
+    words = {
+        "fused": "fused kernel",
+        "merge": f"log-sum-exp merge ({getattr(backend.lse, '__name__', '')})",
+        "mask": f"row mask ({backend.name})",
+        "reference": "reference",
+    }
+    return "two cross-attentions" if cross and isinstance(method, Guidance) and way in ("merge", "mask") else words[way]
 
 
 def _check_mass(method: Method, attention_mass: Tensor | None) -> None:

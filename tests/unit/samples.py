@@ -1,11 +1,17 @@
-"""What the tests of attention share: inputs, tolerances, the error measure."""
+"""What the tests of attention share: inputs, tolerances, the error measure, the ways to compute a call."""
+
+import os
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from vsf_core import AttentionBackend, TokenLayout, lse_attention
+from vsf_core import AttentionBackend, TokenLayout, fused_attention, lse_attention
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+os.environ["TRITON_INTERPRET"] = str(int(DEVICE.type == "cpu"))  # read when the kernel is made, and in its first launch
+fused_attention(DEVICE, torch.float32, 64, forced=True)
+del os.environ["TRITON_INTERPRET"]
 BEFORE = pytest.mark.parametrize("before", [0.0, 0.5, 1.0], ids=["N, P", "P, N, P", "P, N"])
 """Which part of P stands in front of N."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,11 +33,13 @@ def black_box(q, k, v, mask):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def backend_of(path, q):
-    """What makes a call go by "merge" (log-sum-exp) or "masked" (a black box alone)."""
-    lse = lse_attention(q.device, q.dtype, q.shape[-1])
-    assert lse is not None, "this machine's own attention must pass the probe"
-    return AttentionBackend(black_box, lse if path == "merge" else None)
+def backend_of(way, q):
+    """What makes a call go one of ``vsf_core.WAYS``."""
+    kind = q.device, q.dtype, q.shape[-1]
+    lse = lse_attention(*kind) if way == "merge" else None
+    kernel = fused_attention(*kind, forced=True) if way == "fused" else None
+    assert way not in ("merge", "fused") or lse or kernel, "this machine's own must pass the probe"
+    return AttentionBackend(black_box, lse, fused=kernel, forced=way)
 
 
 def relative(a, b):

@@ -49,10 +49,10 @@ def test_the_definition_does_not_depend_on_the_order(before, padded):
     assert relative(result[:, :, order], expected) < 1e-12
 
 
-PATHS = pytest.mark.parametrize("path", ["merge", "masked"])
+PATHS = pytest.mark.parametrize("path", ["merge", "mask", "fused", "reference"])
 
 
-@PATHS
+@pytest.mark.parametrize("path", ["merge", "mask", "reference"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @BEFORE
 @pytest.mark.parametrize(
@@ -73,7 +73,44 @@ def test_shapes(path, dtype, before, image, positive, negative, batch, heads, di
     assert relative(run_joint(path, q, k, v, layout, alpha, beta), expected) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("path", ["merge", "masked", "definition"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("image", "positive", "negative", "before", "batch", "dim"),
+    [
+        (63, 17, 1, 0.0, 2, 64),
+        (49, 0, 5, 0.0, 2, 80),
+        (33, 130, 77, 0.5, 1, 128),
+        (1, 1, 1, 1.0, 2, 40),
+        (20, 3, 40, 0.0, 1, 256),
+        (40, 9, 1000, 0.5, 1, 16),
+        (65, 1, 64, 1.0, 1, 100),
+    ],
+)
+def test_shapes_in_one_launch(dtype, image, positive, negative, before, batch, dim):
+    """The same, as small as Triton's interpreter likes it: 1 to 1,000 tokens, head dimensions from 16 to 256."""
+    layout = placed(image, positive, negative, before)
+    q, k, v = make(layout, batch=batch, heads=3 - batch, dim=dim, dtype=DTYPES[dtype], spread=4.0)
+    alpha, beta = torch.full((1, 1, 1), 3.3), torch.full((1, 1, 1), 0.2)
+    expected = oracle(q, k, v, layout, alpha, beta)
+    result = run_joint("fused", q, k, v, layout, alpha, beta)
+    assert relative(result, expected) < TOLERANCE[dtype]
+    assert result.transpose(1, 2).is_contiguous() and result.dtype == q.dtype
+
+
+def test_one_launch_reads_inputs_as_they_lie():
+    """Parts of one tensor, heads after tokens or before, of stride 0 over the batch; the last dimension not in one
+    piece, too."""
+    layout = TokenLayout(50, 11, 7, 4)
+    alpha, beta = torch.full((1, 1, 1), 3.3), torch.full((1, 1, 1), 0.2)
+    qkv = torch.randn(2, layout.length, 3, 2, 64, generator=torch.Generator().manual_seed(0))
+    views = [t.transpose(1, 2) for t in qkv.unbind(2)]
+    expanded, turned = [t[:1].expand(2, -1, -1, -1) for t in views], [t.mT.contiguous().mT for t in views]
+    for q, k, v in (views, expanded, turned, [t.contiguous() for t in views]):
+        expected = oracle(q, k, v, layout, alpha, beta)
+        assert relative(run_joint("fused", q, k, v, layout, alpha, beta), expected) < 1e-5
+
+
+@pytest.mark.parametrize("path", ["merge", "mask", "fused", "reference", "definition"])
 @BEFORE
 @pytest.mark.parametrize("padded", [False, True])
 def test_cached_keys(path, before, padded):
@@ -97,7 +134,7 @@ def test_cached_keys(path, before, padded):
 @pytest.mark.parametrize("spread", [0.0, 5.0, 50.0])
 def test_extremes(path, alpha, beta, spread):
     layout = TokenLayout(61, 13, 9)
-    q, k, v = make(layout, batch=2, spread=spread)
+    q, k, v = make(layout, heads=1 if path == "fused" else 2, spread=spread)
     alpha, beta = torch.full((1, 1, 1), alpha), torch.full((1, 1, 1), beta)
     result = run_joint(path, q, k, v, layout, alpha, beta)
     assert torch.isfinite(result).all()
@@ -203,9 +240,10 @@ def test_half_precision_is_no_further_from_fp64_than_twice_the_dense_path(dtype,
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("image", "positive", "negative", "batch"), [(1, 1, 1, 1), (333, 64, 9, 2), (40, 512, 77, 1)])
+@pytest.mark.parametrize(("image", "positive", "negative", "batch"), [(1, 1, 1, 1), (133, 64, 9, 2), (40, 300, 77, 1)])
 @pytest.mark.parametrize("per_token", [False, True])
-def test_cross_attention(dtype, image, positive, negative, batch, per_token):
+@pytest.mark.parametrize("path", ["merge", "mask", "fused", "reference"])
+def test_cross_attention(path, dtype, image, positive, negative, batch, per_token):
     g = torch.Generator().manual_seed(0)
     q, k, v, kn, vn = (
         torch.randn(batch, 2, length, 64, generator=g).to(DTYPES[dtype])
@@ -214,11 +252,12 @@ def test_cross_attention(dtype, image, positive, negative, batch, per_token):
     alpha = torch.rand(batch, negative, 1, generator=g) * 4
     beta = torch.rand(batch, 1, negative if per_token else 1, generator=g)
     double = (t.double() for t in (q, k, v, kn, vn, alpha, beta))
-    result = run_cross("merge", q, k, v, kn, vn, alpha, beta)
+    result = run_cross(path, q, k, v, kn, vn, alpha, beta)
     assert relative(result, cross_attention_reference(*double)) < TOLERANCE[dtype]
 
 
-def test_cross_attention_with_padding_of_the_positive():
+@pytest.mark.parametrize("path", ["mask", "fused", "reference"])
+def test_cross_attention_with_padding_of_the_positive(path):
     """A mask over the positive keys: as if those it hides were not there."""
     g = torch.Generator().manual_seed(0)
     q, k, v, kn, vn = (torch.randn(2, 2, n, 64, generator=g) for n in (30, 12, 12, 5, 5))
@@ -229,7 +268,7 @@ def test_cross_attention_with_padding_of_the_positive():
     for rows, columns in ((1, 1), (1, 5), (30, 5)):
         beta = torch.rand(2, rows, columns, generator=g)
         for mass in (None, torch.zeros(2, 30)):
-            result = run_cross("masked", q, k, v, kn, vn, alpha, beta, mask, mass)
+            result = run_cross(path, q, k, v, kn, vn, alpha, beta, mask, mass)
             for i, kept in enumerate((7, 9)):
                 one = slice(i, i + 1)
                 left = (k[one, :, :kept], v[one, :, :kept], kn[one], vn[one], alpha[one], beta[one])
@@ -255,7 +294,7 @@ def test_rows_are_chunked(monkeypatch, before):
     layout = placed(101, 11, 7, before)
     q, k, v = make(layout, batch=2, spread=6.0)
     beta = torch.rand(1, 101, 7)
-    for path in ("merge", "masked"):
+    for path in ("merge", "mask"):
         whole = run_joint(path, q, k, v, layout, torch.ones(1, 1, 1), beta)
         with monkeypatch.context() as m:
             m.setattr("vsf_core.attention.SLIVER_BYTES", {"cpu": 2 * 2 * 64 * 4 * 10})
@@ -264,8 +303,10 @@ def test_rows_are_chunked(monkeypatch, before):
 
 @BEFORE
 @pytest.mark.parametrize("columns", [1, 7])
-@pytest.mark.parametrize("rows", [1, 68])
-def test_black_box_respects_a_mask_of_the_callers_own(before, columns, rows):
+@pytest.mark.parametrize(
+    ("path", "rows"), [("mask", 1), ("mask", 68), ("fused", 1), ("reference", 1), ("reference", 68)]
+)
+def test_a_mask_of_the_callers_own(path, before, columns, rows):
     """The caller's own mask, [B, 1, 1, L] or [B, 1, L, L], adds to VSF's and to that of padding."""
     layout = placed(50, 11, 7, before)
     q, k, v = make(layout, batch=2, spread=6.0)
@@ -274,18 +315,19 @@ def test_black_box_respects_a_mask_of_the_callers_own(before, columns, rows):
     alpha, beta = torch.full((1, 1, 1), 3.3), torch.rand(2, 1, columns, generator=g)
     padding = torch.tensor([[False] * 5 + [True] * 2, [False] * 7])
     mass, plain_mass = torch.zeros(2, 50), torch.zeros(2, 50)
-    result = run_joint("masked", q, k, v, layout, alpha, beta, padding, mask, mass)
+    result = run_joint(path, q, k, v, layout, alpha, beta, padding, mask, mass)
     dense = joint_mask(layout, beta, padding) + torch.cat((mask, mask[..., n]), -1)
     keys, values = torch.cat((k, k[:, :, n]), 2), torch.cat((v, -3.3 * v[:, :, n]), 2)
     assert relative(result, F.scaled_dot_product_attention(q, keys, values, attn_mask=dense)) < 1e-5
     weights = (q @ keys.mT / 8 + dense).softmax(-1)
     assert relative(mass, weights[:, :, layout.span("I"), layout.length :].sum(-1).mean(1)) < 1e-5
-    run_joint("masked", q, k, v, layout, alpha, beta, padding, None, plain_mass)
+    run_joint(path, q, k, v, layout, alpha, beta, padding, None, plain_mass)
     assert relative(plain_mass, mass) > 1e-2
 
 
+@pytest.mark.parametrize("path", ["mask", "fused", "reference"])
 @BEFORE
-def test_black_box_respects_a_key_mask(before):
+def test_a_key_mask(path, before):
     layout = placed(50, 11, 7, before)
     q, k, v = make(layout, spread=6.0)
     gone = [rows_of(layout, "P")[at] for at in (0, -1)]
@@ -293,11 +335,11 @@ def test_black_box_respects_a_key_mask(before):
     key_mask = torch.zeros(1, 1, 1, layout.length)
     key_mask[..., gone] = -math.inf
     alpha, beta = torch.full((1, 1, 1), 3.3), torch.full((1, 1, 1), 0.2)
-    masked = run_joint("masked", q, k, v, layout, alpha, beta, mask=key_mask)
+    masked = run_joint(path, q, k, v, layout, alpha, beta, mask=key_mask)
     short = TokenLayout(50, 9, 7, sum(at not in gone for at in range(layout.before)))
     expected = joint_attention_reference(q[:, :, keep], k[:, :, keep], v[:, :, keep], short, alpha, beta)
     assert relative(masked[:, :, keep], expected) < 1e-5
-    hidden = run_joint("masked", q, k, v, layout, alpha, None, mask=key_mask)
+    hidden = run_joint(path, q, k, v, layout, alpha, None, mask=key_mask)
     plain = oracle(q[:, :, keep], k[:, :, keep], v[:, :, keep], short, alpha, None)
     assert relative(hidden[:, :, keep], plain) < 1e-5
 
@@ -323,7 +365,7 @@ def test_random_layouts(data, image, positive, negative, batch, before, dim):
     alpha = torch.randn(batch, negative, 1, generator=g) * 5
     padding = torch.rand(batch, negative, generator=g) < 0.3 if data.draw(one) else None
     expected = oracle(q, k, v, layout, alpha, beta, padding)
-    for path in ("merge", "masked"):
+    for path in ("merge", "mask", *(["fused"] if data.draw(st.integers(0, 3)) == 0 else [])):
         result = run_joint(path, q, k, v, layout, alpha, beta, padding)
         if padding is not None:  # rows of padding are nobody's business
             n = layout.span("N")
@@ -372,3 +414,32 @@ def test_probe_refuses_a_wrong_log_sum_exp(monkeypatch):
         assert backends.lse_attention(torch.device("cpu"), torch.float32, 64) is None
     finally:
         backends.lse_attention.cache_clear()
+
+
+@pytest.mark.parametrize("path", ["merge", "fused"])
+def test_out_of_memory_is_not_remembered(monkeypatch, path):
+    """The attempt that decides what a machine can do may meet a full one: it is made again, not given up for good."""
+    from vsf_core import backends, fused
+
+    kind, failing = (torch.device("cpu"), torch.float32, 64), [True]
+
+    def fail_once(inner):
+        def attend(*arguments):
+            if failing.pop() if failing else False:
+                raise torch.OutOfMemoryError("no memory")
+            return inner(*arguments)
+
+        return attend
+
+    monkeypatch.setitem(backends.CANDIDATES, "cpu", (fail_once(backends.cpu_flash),))
+    monkeypatch.setattr(fused, "_launch", fail_once(fused._launch))
+    find = backends.lse_attention if path == "merge" else partial(backends.fused_attention, forced=True)
+    backends.lse_attention.cache_clear()
+    backends.fused_attention.cache_clear()
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            find(*kind)
+        assert find(*kind) is not None
+    finally:
+        backends.lse_attention.cache_clear()
+        backends.fused_attention.cache_clear()

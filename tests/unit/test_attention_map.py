@@ -20,8 +20,17 @@ def tensors(length, dtype, seed=0):
     return tuple(torch.randn(2, 3, length, 64, generator=g).to(dtype) for _ in range(3))
 
 
-@pytest.mark.parametrize("path", ["merge", "masked"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("path", "dtype"),
+    [
+        ("merge", "fp32"),
+        ("merge", "bf16"),
+        ("mask", "fp32"),
+        ("mask", "bf16"),
+        ("fused", "fp32"),
+        ("reference", "bf16"),
+    ],
+)
 @pytest.mark.parametrize("name", BETAS)
 @pytest.mark.parametrize("padded", [False, True])
 @BEFORE
@@ -30,7 +39,7 @@ def test_joint(monkeypatch, path, dtype, name, padded, before):
     monkeypatch.setattr("vsf_core.attention.SLIVER_BYTES", {"cpu": 2 * 3 * 107 * 4 * 20})
     (kind, tolerance), beta = DTYPES[dtype], BETAS[name]
     layout = placed(90, 10, 7, before)
-    q, k, v = tensors(layout.length, kind)
+    q, k, v = (t[:, :1] if path == "fused" else t for t in tensors(layout.length, kind))
     padding = torch.tensor([[False] * 5 + [True] * 2]) if padded else None
     n = layout.span("N")
     mask = joint_mask(layout, beta.double(), padding)
@@ -43,7 +52,7 @@ def test_joint(monkeypatch, path, dtype, name, padded, before):
     assert torch.equal(*results) and expected.max() > 0.05
 
 
-@pytest.mark.parametrize("path", ["merge", "masked"])
+@pytest.mark.parametrize("path", ["merge", "mask", "fused", "reference"])
 @pytest.mark.parametrize("name", BETAS)
 def test_cross(monkeypatch, path, name):
     monkeypatch.setattr("vsf_core.attention.SLIVER_BYTES", {"cpu": 2 * 3 * 64 * 4 * 20})

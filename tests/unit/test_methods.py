@@ -1,14 +1,17 @@
 """The door: whatever a backend allows, a method gives the same; and it says in words which way it went."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from samples import BEFORE, black_box, make, placed, relative, rows_of
+from samples import BEFORE, backend_of, black_box, make, placed, relative, rows_of
 
 from vsf_core import (
     NAG,
     NASA,
     VSF,
     AttentionBackend,
+    Guidance,
     NegativeTerms,
     attend_cross,
     attend_joint,
@@ -123,6 +126,22 @@ def test_ways_by_name():
     lse = lse_attention(torch.device("cpu"), torch.float32, 64)
     assert way_of(VSF(), AttentionBackend(black_box, lse)) == f"log-sum-exp merge ({lse.__name__})"
     assert way_of(NASA(), AttentionBackend(black_box, name="split")) == "row mask (split)"
+    for way, words in (("fused", "fused kernel"), ("reference", "reference"), ("mask", "row mask (black box)")):
+        assert way_of(VSF(), backend_of(way, torch.zeros(1, 1, 1, 64))) == words
+
+
+def test_the_first_way_that_can_be_had():
+    lse, kernel = (backend_of(way, torch.zeros(1, 1, 1, 64)) for way in ("merge", "fused"))
+    row, square = torch.zeros(2, 1, 1, 9), torch.zeros(2, 1, 9, 9)
+    every = AttentionBackend(black_box, lse.lse, fused=kernel.fused)
+    assert [every.way(mask) for mask in (None, row, square)] == ["fused", "fused", "mask"]
+    assert [replace(every, fused=None).way(mask) for mask in (None, row, square)] == ["merge", "mask", "mask"]
+    assert [replace(every, forced="reference").way(mask) for mask in (None, square)] == ["reference", "reference"]
+    for way, mask in (("fused", square), ("merge", row)):
+        with pytest.raises(ValueError, match=f"the way '{way}', which was asked for, takes no mask"):
+            replace(every, forced=way).way(mask)
+    with pytest.raises(ValueError, match="the way 'fused', which was asked for, is not to be had here"):
+        AttentionBackend(black_box, forced="fused").way(None)
 
 
 @pytest.mark.parametrize("method", [NAG(0.25, 2.5), NASA()])
@@ -135,9 +154,11 @@ def test_guidance_has_no_attention_mass(method):
 
 @METHODS
 def test_a_method_takes_its_numbers_to_a_device(method):
-    z_pos, z_neg = torch.randn(2, 1, 2, 5, 8).unbind()
+    z_pos, step = torch.randn(2, 1, 2, 5, 8).unbind()
     moved = method.on(torch.device("cpu"))
     assert type(moved) is type(method)
     assert all(isinstance(number, torch.Tensor) for number in vars(moved).values())
-    if not method.records:
-        assert torch.allclose(moved(z_pos, z_neg, torch.tensor(0.7)), method(z_pos, z_neg, torch.tensor(0.7)))
+    if isinstance(method, Guidance):
+        phi, presence = torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1), 0.5)
+        for now, before in zip(moved(z_pos, step, phi, presence), method(z_pos, step, phi, presence), strict=True):
+            torch.testing.assert_close(now, before)

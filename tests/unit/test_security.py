@@ -22,8 +22,8 @@ HARMLESS = {
     "logging",
 }
 HARMLESS |= {"json", "math", "numpy", "PIL", "re", "sys", "threading", "torch", "typing", "weakref"}
-HARMLESS |= {"sageattention", "flash_attn", "xformers"}
-"""Modules that the pack may import; of these, ``torch`` and ``comfy`` can read files."""
+HARMLESS |= {"sageattention", "flash_attn", "xformers", "triton", "os.environ", "__future__"}
+"""Modules, or names of modules, that the pack may import; of these, ``torch`` and ``comfy`` can read files."""
 BUILTINS = {"eval", "exec", "compile", "open", "input", "breakpoint", "__import__"}
 METHODS = {"load", "save", "load_torch_file", "load_state_dict_from_url", "download_url_to_file", "open"}
 METHODS |= {"read_text", "write_text", "read_bytes", "write_bytes", "unlink", "mkdir", "system", "popen"}
@@ -37,11 +37,17 @@ def findings(source: str) -> list[str]:
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names if alias.name.split(".")[0] not in HARMLESS]
         elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
-            found += [node.module] if node.module.split(".")[0] not in HARMLESS else []
+            if node.module.split(".")[0] not in HARMLESS:
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                found += [name for name in names if name not in HARMLESS]
         elif isinstance(node, ast.Call):
             if isinstance(node.func, ast.Name) and node.func.id in BUILTINS:
                 found.append(node.func.id)
-            if isinstance(node.func, ast.Attribute) and node.func.attr in METHODS:
+            if (
+                isinstance(node.func, ast.Attribute)
+                and node.func.attr in METHODS
+                and ast.unparse(node.func) != "tl.load"
+            ):
                 found.append(node.func.attr)
     return found
 

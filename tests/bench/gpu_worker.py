@@ -115,6 +115,7 @@ def main() -> None:
         part.run_unit(report, words, units)
         report.tell(end=unit)
     report.tell(done=True)
+    os._exit(0)  # ComfyUI's models complain when they end with Python
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def page(found: Found, version: str | None) -> str:
         "## What does it cost?",
         "Whole models of random weights, 16 negative tokens. A method's time where the plain model's is 1 (medians of "
         "interleaved ratios), and by how much it raises the peak of memory beside the weights.",
-        times_table(times),
+        times_table(times) or "None was timed: see below.",
         section("## What failed", failures(failed)),
         section("## Notes", notes(ok)),
         section("## Not run", left_out(found.states("skipped"))),

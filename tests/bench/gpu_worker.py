@@ -6,13 +6,13 @@ device ("gpu", or "cpu" to try this out without one), until (seconds since 1970)
 """
 
 import importlib
-import importlib.metadata
 import json
 import logging
 import os
 import platform
 import subprocess
 import sys
+from typing import Any
 
 import torch
 from gpu_report import PathWords, Report
@@ -40,10 +40,11 @@ def no_gpu() -> str | None:
     )
 
 
-def package(name: str) -> str:
+def triton_version() -> str:
+    """Its packages have several names."""
     try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
+        return importlib.import_module("triton").__version__
+    except ImportError:
         return "none"
 
 
@@ -75,13 +76,18 @@ def facts(device: torch.device) -> dict[str, str]:
         "Python": platform.python_version(),
         "torch": f"{torch.__version__}, {build()}",
         "cuDNN": str(torch.backends.cudnn.version()) if is_cuda else None,
-        "Triton": package("triton") if package("triton") != "none" else package("triton-windows"),
+        "Triton": triton_version(),
         "ComfyUI": f"{comfyui_version.__version__}, {function.__name__}",
     }
     return {name: text for name, text in said.items() if text is not None}
 
 
 # -- the process ------------------------------------------------------------------------------------------------------
+
+
+def part_named(name: str) -> Any:
+    """The module of the checks, or of the times; they need ComfyUI."""
+    return importlib.import_module(f"gpu_{name}")
 
 
 def main() -> None:
@@ -104,7 +110,7 @@ def main() -> None:
     device = comfy.model_management.get_torch_device()
     report = Report(out, task["until"], device)
     report.tell(facts=facts(device))
-    part = importlib.import_module(f"gpu_{task['part']}")
+    part = part_named(task["part"])
     units = part.units(task["only"])
     report.tell(units=units)
     for unit in (unit for unit in units if unit not in task["done"]):

@@ -14,13 +14,13 @@ from hosting import gpu, gpu_page
 ROOT = Path(__file__).resolve().parents[2]
 FACTS = {"GPU": "Some Chip", "torch": "9.9"}
 FAULTY = """
-import importlib, itertools, os, sys
+import itertools, os, sys
 sys.path.insert(0, {bench!r})
 import gpu_report, gpu_worker
 
 def prepare(name):
-    part = importlib.import_module(name)
-    if name == "gpu_times":
+    part = load(name)
+    if name == "times":
         part.ROUNDS, part.MOST_STEPS = 1, 2
         return part
     off, compare, latent, runs = part.Checks.off, part.Checks.compare, part.Checks.latent, itertools.count()
@@ -47,7 +47,7 @@ def prepare(name):
     part.Checks.off, part.Checks.compare, part.Checks.latent = broken_off, broken_compare, broken_latent
     return part
 
-gpu_worker.importlib = type("importing", (), {{"import_module": staticmethod(prepare), "metadata": importlib.metadata}})
+load, gpu_worker.part_named = gpu_worker.part_named, prepare
 late = gpu_report.Report.is_late
 gpu_report.Report.is_late = lambda self: self.unit == ["sd3", "fp16"] or late(self)
 gpu_worker.main()

@@ -26,7 +26,7 @@ TIMES = 3.0
 AT_LEAST = {"fp32": 2e-5, "bf16": 1.5e-2, "fp16": 2e-3}
 """An error that is always allowed: stock's own may happen to be small."""
 GUIDANCE = 4.0
-"""For models that take one. ComfyUI's own 3.5, times 1000, is no number of bf16: stock's error would be all one sees."""
+"""For models that take one. ComfyUI's own 3.5, times 1000, is no number of bf16: stock's error would hide others."""
 LATE = {"start_percent": 0.999, "end_percent": 1.0}
 """A window in which no step is."""
 

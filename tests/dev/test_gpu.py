@@ -52,8 +52,8 @@ late = gpu_report.Report.is_late
 gpu_report.Report.is_late = lambda self: self.unit == ["sd3", "fp16"] or late(self)
 gpu_worker.main()
 """
-"""A worker with faults. sd3: in bf16 one path raises and another is wrong, and there is no time for fp16. Wan: in fp32 no
-two runs are equal, in bf16 the GPU is lost, in fp16 off is not stock."""
+"""A worker with faults. sd3: in bf16 one path raises and another is wrong, for fp16 there is no time. Wan: in fp32 no two
+runs are equal, in bf16 the GPU is lost, in fp16 off is not stock."""
 TELLS = """
 import json, os, sys, time
 task = json.loads(sys.argv[1])
@@ -134,7 +134,7 @@ def test_the_real_checks_and_times_on_the_cpu(type_in):
         "- sd3, bf16: mask: `ValueError: no |mask| today",
         "- wan, fp32: VSF: `AssertionError: two runs of one seed differ, although stock's do not",
         "- wan, bf16: off: `RuntimeError: CUDA error: misaligned address",
-        "- wan, bf16: VSF; merge; fused; mask; reference; nag; nasa; a mask; batch 2, cfg 2.5, odd size; two negatives: ",
+        "- wan, bf16: VSF; merge; fused; mask; reference; nag; nasa; a mask; batch 2, cfg 2.5, odd size; ",
         "- wan, fp16: off: `AssertionError: not bit-identical to stock: patch alone",
     ]
     for line, start in zip(failed, starts, strict=True):

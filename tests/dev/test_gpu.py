@@ -52,8 +52,8 @@ late = gpu_report.Report.is_late
 gpu_report.Report.is_late = lambda self: self.unit == ["sd3", "fp16"] or late(self)
 gpu_worker.main()
 """
-"""A worker with faults. sd3: in bf16 one path raises and another is wrong, for fp16 there is no time. Wan: in fp32 no two
-runs are equal, in bf16 the GPU is lost, in fp16 off is not stock."""
+"""A worker with faults. sd3: in bf16 one path raises and another is wrong, for fp16 there is no time. Wan: in fp32 no
+two runs are equal, in bf16 the GPU is lost, in fp16 off is not stock."""
 TELLS = """
 import json, os, sys, time
 task = json.loads(sys.argv[1])

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Commands for working on this pack: set up a real ComfyUI, run the demo, the tests and the benchmarks, open the UI.
+"""Commands for working on this pack: set up a real ComfyUI, run demo, tests and benchmarks, check a GPU, open the UI.
 
 This file and what it imports need the standard library alone; ComfyUI and the test tools live in a cache outside the
 repository (VSF_HOST_DIR, default ~/.cache/comfyui-vsf). COMFYUI_PATH and COMFYUI_PYTHON use an install of your own.
@@ -17,8 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "tests"))
 
+from hosting import gpu as hosting_gpu
 from hosting import process
 from hosting.errors import HostError
+from hosting.gpu_page import page
 from hosting.host import (
     CARRIER_VERSIONS,
     DEFAULT_VERSION,
@@ -216,6 +218,19 @@ def bench(arguments: list[str]) -> int:
     return process.run([str(host.python), str(script), *arguments], env=test_env(host), cwd=str(ROOT))
 
 
+def gpu(options: argparse.Namespace) -> int:
+    """Checks and times VSF on this machine's GPU; prints one page for an issue, and writes it to a file."""
+    host = get_host()
+    env = {**module_env(), "VSF_COMFYUI": str(host.tree), "PYTHONUTF8": "1"}
+    print_progress(f"on ComfyUI {host.version}, about {options.seconds / 60:.0f} minutes")
+    found = hosting_gpu.run(host.python, env, options.device, options.only, options.seconds)
+    text, out = page(found, pack_version()), Path(options.out)
+    print(text, end="", flush=True)
+    out.write_text(text, encoding="utf-8")
+    print_progress(f"the page is in {out.resolve()}")
+    return 1 if found.states("failed") or not found.states("ok") else 0
+
+
 def release(options: argparse.Namespace) -> int:
     """Runs the release checklist in the host; it changes nothing but the cache."""
     host = get_host()
@@ -236,6 +251,12 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     one = commands.add_parser("test", help="lint, types and tests; other arguments go to pytest")
     one.add_argument("--comfyui", metavar="VERSION", choices=[*CARRIER_VERSIONS, "all"], help="a version, or all")
     commands.add_parser("bench", help="benchmarks; arguments go to them")
+    one = commands.add_parser("gpu", help="check and time this pack on your GPU, in 3 minutes; one page for an issue")
+    one.add_argument("--out", default="gpu-report.md", metavar="FILE", help="where the page goes besides")
+    one.add_argument("--seconds", type=float, default=hosting_gpu.SECONDS, help="how long all may take (180)")
+    # for the tests: the CPU in the GPU's place; some of the models and shapes alone
+    one.add_argument("--device", choices=("gpu", "cpu"), default="gpu", help=argparse.SUPPRESS)
+    one.add_argument("--only", nargs="+", help=argparse.SUPPRESS)
     one = commands.add_parser("serve", help="open ComfyUI with this pack until Ctrl-C")
     one.add_argument("--port", type=int)
     commands.add_parser("release", help="the checklist after `test` and before a release; it publishes nothing")
@@ -254,7 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
             return test(options, rest)
         if options.command == "bench":
             return bench(rest)
-        return {"setup": setup, "demo": demo, "serve": serve, "release": release}[options.command](options)
+        return {"setup": setup, "demo": demo, "gpu": gpu, "serve": serve, "release": release}[options.command](options)
     except HostError as error:
         print(f"dev.py: {error}", file=sys.stderr)
         return 1

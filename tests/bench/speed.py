@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +76,39 @@ SHAPES = {
     ),
     "Flux.2 Dev 1024x1024": joint("flux2", {"double": 8, "single": 48}, (128, 64, 64), 512, 15360, hidden=6144),
     "HunyuanVideo 848x480x13": joint("hunyuan_video", {"double": 20, "single": 40}, (16, 4, 60, 106), 256, hidden=3072),
+    "SDXL 1024x1024": Shape("sdxl", {}, {}, {}, (4, 128, 128), 77, 1280, 2048, OFTEN),
     "tiny": Shape("sd3", {"depth": 4}, {"num_blocks": 2}, {"num_blocks": 4}, (16, 32, 32), 20, pooled=2048, context=64),
 }
-"""``tiny`` tries the command out; its figures mean nothing."""
+"""``tiny`` tries the command out; its figures mean nothing. SDXL is always whole."""
+SHAPES |= {
+    "SD3.5-Large 512x512": replace(SHAPES["SD3.5-Large 1024x1024"], latent=(16, 64, 64)),
+    "Flux 512x512": replace(SHAPES["Flux 1024x1024"], latent=(16, 64, 64)),
+    "Qwen-Image 1024x1024": replace(SHAPES["Qwen-Image 1328x1328"], latent=(16, 1, 128, 128)),
+}
+FOR_A_GPU = ("SDXL 1024x1024", "SD3.5-Large 512x512", "Flux 512x512", "Qwen-Image 1024x1024")
+"""Measured if they are asked for, and by `dev.py gpu`."""
+
+
+def sdxl_model(context: int) -> torch.nn.Module:
+    """ComfyUI's UNet class in the layout and sizes of SDXL."""
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    return UNetModel(
+        **{"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "context_dim": context},
+        **{"num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4], "num_head_channels": 64, "legacy": False},
+        **{"num_classes": "sequential", "adm_in_channels": 2816, "use_linear_in_transformer": True},
+        **{"use_spatial_transformer": True, "transformer_depth": [0, 0, 2, 2, 10, 10], "transformer_depth_middle": 10},
+        transformer_depth_output=[0, 0, 0, 2, 2, 2, 10, 10, 10],
+    )
+
+
+def weights(shape: Shape, full: bool) -> dict[str, Tensor]:
+    """The names and sizes of a model's weights, without any values."""
+    import tiny
+
+    with torch.device("meta"):
+        make = sdxl_model if shape.family == "sdxl" else getattr(tiny, f"{shape.family}_model")
+        return make(context=shape.context, **shape.config, **(shape.all_blocks if full else shape.blocks)).state_dict()
 
 
 def build(shape: Shape, dtype: torch.dtype, full: bool) -> Any:
@@ -88,14 +118,11 @@ def build(shape: Shape, dtype: torch.dtype, full: bool) -> Any:
     import comfy.model_patcher
     import tiny
 
-    blocks = shape.all_blocks if full else shape.blocks
-    with torch.device("meta"):
-        make = getattr(tiny, f"{shape.family}_model")
-        state = make(context=shape.context, **shape.config, **blocks).state_dict()
+    state = weights(shape, full)
     config = comfy.model_detection.model_config_from_unet(state, "")
     assert config is not None
     if shape.family == "sd3":  # whose number of blocks ComfyUI reads off the width
-        config.unet_config.update(blocks)
+        config.unet_config.update(shape.all_blocks if full else shape.blocks)
     config.set_inference_dtype(dtype, None)
     device = comfy.model_management.get_torch_device()
     model = config.get_model(state, "", device)
@@ -121,7 +148,6 @@ class Method:
 def all_methods(shape: Shape, model: Any, pack: Mapping[str, Any]) -> dict[str, Method]:
     """Each way to use a negative of ``NEGATIVE_TOKENS`` tokens. CFG's is as long as the prompt, as encoders pad it."""
     import baselines
-    from comfy_extras.nodes_nag import NAGuidance
 
     def conditioning(tokens: int, seed: int) -> list:
         g = torch.Generator().manual_seed(seed)
@@ -133,7 +159,7 @@ def all_methods(shape: Shape, model: Any, pack: Mapping[str, Any]) -> dict[str, 
     patched = pack["VSFModelPatch"].execute(model=model, scale=SCALE, offset=OFFSET).result[0]
     black_box = patched.clone()
     black_box.model_options["transformer_options"]["optimized_attention_override"] = lambda f, *a, **kw: f(*a, **kw)
-    guided = NAGuidance.execute(model, 12.0, 0.5, 5.0).result[0]
+    guided = comfy_nag(model)
     dense = baselines.patched(model, baselines.vsf_dense(SCALE, OFFSET), unwanted[0][0])
     others = {
         "NAG, one pass": {"method": "nag", "nag_scale": 12.0, "nag_alpha": 0.5, "nag_tau": 5.0},
@@ -148,9 +174,18 @@ def all_methods(shape: Shape, model: Any, pack: Mapping[str, Any]) -> dict[str, 
             name: Method(pack["VSFModelPatch"].execute(model=model, **inputs).result[0], attached, padded)
             for name, inputs in others.items()
         },
-        "NAG, ComfyUI's": Method(guided, positive, padded),
+        **({"NAG, ComfyUI's": Method(guided, positive, padded)} if guided else {}),
         "CFG": Method(model, positive, padded, cfg=2.5),
     }
+
+
+def comfy_nag(model: Any) -> Any:
+    """The model with ComfyUI's NAGuidance, or None where ComfyUI has none."""
+    try:
+        from comfy_extras.nodes_nag import NAGuidance
+    except ImportError:
+        return None
+    return NAGuidance.execute(model, 12.0, 0.5, 5.0).result[0]
 
 
 def run(method: Method, shape: Shape, steps: int) -> float:
@@ -180,8 +215,9 @@ def run(method: Method, shape: Shape, steps: int) -> float:
 
 
 def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """Until the device has done all that it was given."""
+    if device.type != "cpu" and hasattr(torch, device.type):  # torch.cuda, torch.xpu, torch.mps
+        getattr(torch, device.type).synchronize()
 
 
 def peak_bytes(method: Method, shape: Shape) -> int:
@@ -190,11 +226,12 @@ def peak_bytes(method: Method, shape: Shape) -> int:
     from hosting.live_memory import LiveMemory
 
     device = comfy.model_management.get_torch_device()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    counter = getattr(torch, device.type, None)
+    if hasattr(counter, "reset_peak_memory_stats"):  # torch.cuda, torch.xpu
+        counter.reset_peak_memory_stats(device)
+        before = counter.memory_allocated(device)
         run(method, shape, 1)
-        return torch.cuda.max_memory_allocated(device) - before
+        return counter.max_memory_allocated(device) - before
     with LiveMemory() as memory:
         run(method, shape, 1)
     return memory.peak
@@ -282,7 +319,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one shape, few rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     parser.add_argument("--out", type=Path, default=Path("bench-output/speed"), metavar="DIR")
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=[name for name in SHAPES if name != "tiny"])
+    usual = [name for name in SHAPES if name not in ("tiny", *FOR_A_GPU)]
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=usual)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these beside the plain model")
     parser.add_argument("--repeats", type=int, default=15, help="rounds")

@@ -123,7 +123,7 @@ def test_no_benchmarks_yet(start, dead_install):
 
 def test_help_and_unknown_arguments(start, dead_install):
     out, _ = start("--help", install=dead_install).communicate(timeout=60)
-    assert all(command in out for command in ("setup", "demo", "test", "bench", "serve"))
+    assert all(command in out for command in ("setup", "demo", "test", "bench", "gpu", "serve"))
     command = start("serve", "--prot", "1", install=dead_install)
     _, error = command.communicate(timeout=60)
     assert command.returncode == 2 and "unknown arguments: --prot 1" in error

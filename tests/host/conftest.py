@@ -14,7 +14,10 @@ sys.path.insert(1, str(ROOT / "tests" / "toy"))
 sys.path.insert(2, str(ROOT / "tests" / "host"))
 sys.path.append(str(ROOT / "tests"))
 
-from comfy.cli_args import args  # noqa: E402
+from hosting.interpreter import triton_interpreted  # noqa: E402
+
+with triton_interpreted():  # before ComfyUI imports Triton
+    from comfy.cli_args import args
 
 args.cpu = True
 args.use_pytorch_cross_attention = True

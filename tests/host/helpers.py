@@ -159,7 +159,7 @@ def assert_close(actual, expected, bound=1e-5):
 
 def is_trial(k, kw):
     """Whether an override is only being asked, at the start of a run, whether it heeds masks."""
-    return kw.get("skip_reshape", False) and k.shape[1:3] == (2, 64)
+    return kw.get("skip_reshape", False) and k.shape[:2] == (1, 2) and k.shape[2] in (64, 130, 1153)
 
 
 def spy_override(seen, inner=None):

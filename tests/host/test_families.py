@@ -69,7 +69,6 @@ def test_neutrality_at_a_large_finite_offset(pack, case, model, n, size, batch, 
         neutral = case.run(m, attached, batch=batch, cfg=cfg, size=size)
         assert only_rounded(neutral, stock, model, plain)
     length = (case.length or 13) + n
-    seen = seen[len(host_attention(pack).TRIALS) :]
     if case.cross:
         assert seen.count(length) == 2 * case.layers if cfg == 1.0 else seen.count(length) >= 2 * case.layers
     else:

@@ -1,17 +1,16 @@
 """What the tests of attention share: inputs, tolerances, the error measure, the ways to compute a call."""
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
+from hosting.interpreter import triton_interpreted
 
 from vsf_core import AttentionBackend, TokenLayout, fused_attention, lse_attention
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-os.environ["TRITON_INTERPRET"] = str(int(DEVICE.type == "cpu"))  # read when the kernel is made, and in its first launch
-fused_attention(DEVICE, torch.float32, 64, forced=True)
-del os.environ["TRITON_INTERPRET"]
+with triton_interpreted():
+    from vsf_core import fused  # noqa: F401 (made here)
+
 BEFORE = pytest.mark.parametrize("before", [0.0, 0.5, 1.0], ids=["N, P", "P, N, P", "P, N"])
 """Which part of P stands in front of N."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -1,13 +1,16 @@
 """torch.compile as ComfyUI's TorchCompileModel node does it: guards on ``transformer_options`` are dropped, so graphs
 compiled with and without VSF, and for other lengths and settings, must not be taken for each other."""
 
+import importlib
 import logging
 
 import pytest
 import torch
+from cases import CASES
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 from helpers import assert_close, conditioning, load_flux, load_sd3, load_wan, relative, sample, text
+from hosting.interpreter import triton_interpreted
 
 FAMILIES = {
     "sd3": (load_sd3, 64, 2048, (8, 12), "joint_blocks"),
@@ -159,3 +162,25 @@ def test_the_attention_map_is_right_or_loud(pack, family, part):
             torch.testing.assert_close(kept.mean(), expected.mean(), rtol=0, atol=1e-5)
         except RuntimeError as error:
             assert "VSF Record saw nothing of" in str(error)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_fused_kernel_is_kept_as_one_call(pack, monkeypatch, family):
+    """No graph break, over lengths that make graphs dynamic; the other ways' graphs are not taken for its own."""
+    with triton_interpreted():
+        fused = importlib.import_module(f"{pack.module.__name__}.vsf_core.fused")
+    kernel, launches = fused.attention_kernel, []
+
+    class Counted:
+        def __getitem__(self, grid):
+            launches.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(fused, "attention_kernel", Counted())
+    monkeypatch.setattr(fused.FusedAttention, "_check", lambda *kind: None)
+    check = runs(pack, family, "whole")
+    for way, length, n, settings in (("fused", 7, 5, {}), ("merge", 7, 5, {}), ("fused", 9, 21, {"method": "nag"})):
+        monkeypatch.setenv("VSF_ATTENTION", way)
+        assert check(length, n, **settings) < 1e-5
+        assert len(launches) == (2 * CASES[family].layers if way == "fused" else 0)  # eager, and compiled
+        launches.clear()

@@ -53,11 +53,11 @@ def test_the_fused_kernel_leaves_nothing_to_do(monkeypatch, method, cross):
     def launch(q, *_arguments):
         return [torch.empty_like(q), torch.empty_like(q[:, :, -64:])][: 1 + _arguments[-2]]
 
-    monkeypatch.setattr(fused, "_launch", launch)
     layout = TokenLayout(64, 32, 16)
     q, k, v = make(layout)
     terms, backend = NegativeTerms(torch.full((1, 1, 1), 3.3), torch.full((1, 1, 1), 0.2)), backend_of("fused", q)
     given = q[:, :, 48:], k[:, :, 16:], v[:, :, 16:], k[:, :, :16], v[:, :, :16]
+    monkeypatch.setattr(fused, "_launch", launch)
     with torch.inference_mode(), Launches() as launches:
         if cross:
             attend_cross(method, backend, *given, terms)

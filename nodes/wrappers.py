@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..vsf_core import aligned
 from .attention_override import patched_options
 from .compiled import distinguish_graphs, is_compiled, unwrapped
 from .families import Family
@@ -201,7 +202,7 @@ def _grown_mask(mask: Tensor, negative: int, text: int) -> Tensor:
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
     rows = negative if mask.shape[-2] > 1 and not over_text else 0
-    return F.pad(mask, (negative, 0, rows, 0))
+    return aligned(F.pad(mask, (negative, 0, rows, 0)))
 
 
 def _mixed_pooled(positive: Tensor, negative: Tensor, weight: float) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .attention import JointCall, row_chunks
 from .backends import Attention
 from .guidance import Steer, steer_
-from .layout import padding_mask
+from .layout import aligned, zero_mask, padding_mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,7 @@ class RowMasks:
         """A copy of that with ``values`` added to N's columns, broadcast over batch and rows."""
         rows = self.rows(group)
         total = rows[..., self.n] + values
-        out = rows.expand(total.shape[0], 1, total.shape[2], -1).clone()
+        out = zero_mask(total.shape[0], 1, total.shape[2], rows.shape[3], like=rows).copy_(rows)
         out[..., self.n] = total
         return out
 
@@ -64,7 +64,7 @@ def joint_attention_masked(call: JointCall, steer: Steer | None = None) -> Tenso
     positive, out = (layout.take("PI", k), layout.take("PI", v)), torch.empty_like(q)
 
     def over_positive(group: slice) -> Tensor:
-        seen = None if call.mask is None else layout.take("PI", masks.rows(group), dim=3)
+        seen = None if call.mask is None else aligned(layout.take("PI", masks.rows(group), dim=3))
         return attend(q[:, :, group], *positive, seen)
 
     def over_negative(group: slice) -> Tensor:

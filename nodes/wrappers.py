@@ -142,7 +142,7 @@ class VSFPatch:
             result = executor(x, t, c_concat, context, control, options, **kwargs)
         run.verify(forward, compiled)
         if forward.attention_mass is not None:
-            seen = forward.recorded(forward.attention_mass)
+            seen = forward.recorded(forward.attention_mass, self.family.grid(latent))
             transformer_options[RECORD_KEY].add(*seen, latent, batch.view, run.latent_map, transformer_options)
         return result
 
@@ -160,7 +160,8 @@ class VSFPatch:
     ) -> tuple[Tensor, ForwardContext]:
         """The text [N, P] that the model gets, and the context of its pass."""
         family, diffusion_model = self.family, unwrapped(model.diffusion_model)
-        multiple, taken = family.text_multiple(diffusion_model), family.lengths_to_avoid(latent, conds, diffusion_model)
+        multiple, kept = family.text_multiple(diffusion_model), run.kept_tokens(latent, conds, batch.view, options)
+        taken = family.lengths_to_avoid(latent, conds, diffusion_model, kept)
         batch = batch.padded_to_unique_length(positive.shape[1], taken, multiple) if taken else batch
         # ComfyUI's own next step is this cast; here it halves a copy
         dtype, released = model.get_dtype_inference(), self.settings.released_by(family)
@@ -176,7 +177,7 @@ class VSFPatch:
                 "Patch."
             )
         return text, make_forward_context(
-            run, batch, latent, conds, diffusion_model, stream, taken, backend, recorded
+            run, batch, latent, conds, diffusion_model, stream, taken, kept, backend, recorded
         )
 
     def _grown(self, conds: dict, batch: NegativeBatch, forward: ForwardContext, positive: Tensor) -> dict:

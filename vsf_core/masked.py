@@ -10,7 +10,7 @@ from torch import Tensor
 from .attention import JointCall, row_chunks
 from .backends import Attention
 from .guidance import Steer, steer_
-from .layout import aligned, zero_mask, padding_mask
+from .layout import aligned, padding_mask, zero_mask
 
 
 @dataclass(frozen=True, eq=False)

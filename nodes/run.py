@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 SCALES_KEY = "vsf_scales"
 """In ``transformer_options``, while VSF Scale Sweep is in the graph: a scale for each picture of the batch."""
 MOST_KEPT = 16
-"""Of how many predictions the negatives are kept ready, on the device: context windows come again every step."""
+"""Of how many predictions the negatives, and which tokens the model keeps, are ready on the device: context windows come
+again every step."""
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,8 @@ class Run:
         """``Family.kept_tokens``: they are the same in all steps, for the same entries and view."""
         key = view, tuple(options.get("uuids", ())), latent.device
         if key not in self.kept:
+            if len(self.kept) == MOST_KEPT:
+                self.kept.clear()
             self.kept[key] = self.family.kept_tokens(latent, conds)
         return self.kept[key]
 

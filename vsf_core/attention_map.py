@@ -12,6 +12,10 @@ LAYERS = ("early", "middle", "late")
 """The layer groups: thirds of a model's blocks, in the order in which they run."""
 
 
+MOST_PLACES = 64
+"""Of how many context windows a run remembers where they are."""
+
+
 def layer_of(position: int, blocks: int) -> int:
     """Index in ``LAYERS`` of the block at ``position`` (0 ..) of ``blocks``."""
     return position * len(LAYERS) // blocks
@@ -89,6 +93,8 @@ class AttentionRecord:
         device, key = sums.device, (sums.device, *map(tuple, places))
         with self._lock:
             if key not in self._places:
+                if len(self._places) == MOST_PLACES:
+                    self._places.clear()
                 self._places[key] = self._where(places).to(device)
             if device not in self._totals:
                 self._totals[device] = self._zeros(self.steps, 2, len(LAYERS), device=device)

@@ -71,23 +71,24 @@ MASK_ROW = 16
 GPUs read several at a time, and one that begins between two reads is the end of the process."""
 
 
-def zero_mask(*shape: int, like: Tensor) -> Tensor:
-    """A mask of zeros as an attention of a GPU takes it without a copy; dtype and device of ``like``. What lies between
-    its rows is 0 too: a kernel may read it."""
-    return like.new_zeros(*shape[:-1], shape[-1] + -shape[-1] % MASK_ROW)[..., : shape[-1]]
+def zero_mask(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A mask of zeros as an attention of a GPU takes it without a copy; device and, by default, dtype of ``like``. What
+    lies between its rows is 0 too: a kernel may read it."""
+    return like.new_zeros((*shape[:-1], shape[-1] + -shape[-1] % MASK_ROW), dtype=dtype)[..., : shape[-1]]
 
 
 def aligned(mask: Tensor) -> Tensor:
     """``mask``, or a copy of it, so that an attention of a GPU can take it."""
-    starts = mask.storage_offset(), *mask.stride()[:-1]
-    if mask.stride(-1) == 1 and not any(start % MASK_ROW for start in starts):
-        return mask
+    if not torch.compiler.is_compiling():  # a graph knows of no addresses
+        starts = mask.storage_offset(), *mask.stride()[:-1]
+        if mask.stride(-1) == 1 and not any(start % MASK_ROW for start in starts):
+            return mask
     return zero_mask(*mask.shape, like=mask).copy_(mask)
 
 
 def padding_mask(padding: Tensor, dtype: torch.dtype) -> Tensor:
     """``padding`` (bool, of any shape) as an additive mask: 0 on real tokens, -inf on padding. As a beta: negated."""
-    return aligned(torch.zeros_like(padding, dtype=dtype).masked_fill(padding, -torch.inf))
+    return zero_mask(*padding.shape, like=padding, dtype=dtype).masked_fill_(padding, -torch.inf)
 
 
 def unless_all(padding: Tensor) -> Tensor:

@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..vsf_core import TokenLayout, attend_cross, attend_joint, padding_mask, unless_all, way_of
+from ..vsf_core import (
+    TokenLayout,
+    aligned,
+    attend_cross,
+    attend_joint,
+    padding_mask,
+    unless_all,
+    way_of,
+)
 from .blocks import Block
 from .forward_context import BLOCK_KEY, FORWARD_KEY, BlockContext, ForwardContext
 from .host_attention import OVERRIDE, HostAttention
@@ -123,7 +131,7 @@ def _cross_override(previous: Callable | None, func: Callable, *args: Any, **kwa
     start = 0 if is_other else text.start - text.leading
     n = slice(start, start + forward.tokens)
     positive, negative = (_without(n, k), _without(n, v)), (k[:, :, n], v[:, :, n])
-    mask = None if host.mask is None else _without(n, host.mask, dim=-1)
+    mask = None if host.mask is None else aligned(_without(n, host.mask, dim=-1))
     if is_other:  # that of sound
         return host.join(host.black_box(q, *positive, mask))
     block: BlockContext | None = host.options.get(BLOCK_KEY)
@@ -158,7 +166,7 @@ def _kept_apart(host: HostAttention, forward: ForwardContext) -> Tensor:
     """Attention of the text [N, P] to itself, as of two texts."""
     (q, k, v), n, padding = host.split(), forward.tokens, forward.padding
     # where all of N is padding it sees itself: nothing sees it
-    hidden = None if padding is None else padding_mask(unless_all(padding), q.dtype)[:, None, None]
+    hidden = None if padding is None else padding_mask(unless_all(padding)[:, None, None], q.dtype)
     own = forward.backend.masked(host)(q[:, :, :n], k[:, :, :n], v[:, :, :n], hidden)
     rest = host.black_box(q[:, :, n:], k[:, :, n:], v[:, :, n:], host.mask)
     return host.join(torch.cat([own, rest], dim=2))
@@ -186,7 +194,7 @@ def _joint(host: HostAttention, layout: TokenLayout, block: BlockContext) -> Ten
     entered = block.enter(forward.run.paths, "ordinary text" if ordinary else way_of(forward.method, backend, mask))
     mass = block.attention_mass(layout.image, forward.rows)
     if ordinary:
-        return host.join(backend.black_box(q, k, v, mask))
+        return host.join(backend.black_box(q, k, v, None if mask is None else aligned(mask)))
     terms = forward.terms(block, layout.image, seen=entered)
     return host.join(attend_joint(forward.method, backend, q, k, v, layout, terms, mask, mass))
 

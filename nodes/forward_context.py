@@ -30,6 +30,8 @@ class RunFacts(Protocol):
     paths: set[str]
     reported: bool
 
+    def method(self, device: torch.device) -> Method: ...
+
 
 @dataclass(eq=False)
 class ForwardContext:
@@ -63,7 +65,7 @@ class ForwardContext:
     own: slice
     """Those of the latent's tokens among the image's; the others are reference images'."""
     kept: Tensor | None
-    """bool: which of the latent's tokens these are, where the model leaves some out."""
+    """int: which of the latent's tokens these are, where the model leaves some out."""
     taken: set[int]
     """Of families whose calls are told apart by it: how many keys the attentions over anything but text have."""
     reached: Tensor
@@ -117,10 +119,10 @@ class ForwardContext:
             return None
         return self.attention_mass[layer_of(position, len(self.run.blocks))], self.reached[2, position]
 
-    def recorded(self, mass: Tensor) -> tuple[Tensor, Tensor]:
-        """After the pass: of its attention ``mass`` that of the latent's tokens, [layer groups, B, I], 0 where the
-        model left them out; and over how many blocks it is a sum, [layer groups]."""
-        counts = torch.zeros(len(LAYERS))
+    def recorded(self, mass: Tensor, grid: int) -> tuple[Tensor, list[float]]:
+        """After the pass: of its attention ``mass`` that of the latent's ``grid`` tokens, [layer groups, B, I], 0 where
+        the model left them out; and over how many blocks it is a sum, of each layer group."""
+        counts = [0.0] * len(LAYERS)
         for position, block in enumerate(self.run.blocks):
             reached, noted = self.reached[1:, position].tolist()
             if block not in self.run.selected or (self.released is not None and block[0] not in self.released.kinds):
@@ -135,9 +137,7 @@ class ForwardContext:
         own = mass[:, :, self.own]
         if self.kept is None:
             return own, counts
-        whole = own.new_zeros(*own.shape[:2], len(self.kept))
-        whole[:, :, self.kept] = own
-        return whole, counts
+        return own.new_zeros(*own.shape[:2], grid).index_copy_(2, self.kept, own), counts
 
     def real_tokens(self) -> Tensor:
         """int [B or 1]: how many of N's tokens are no padding."""
@@ -202,14 +202,15 @@ def make_forward_context(
     diffusion_model: Any,
     text: TextStream,
     taken: set[int],
+    kept: Tensor | None,
     backend: Backend,
     recorded: bool,
 ) -> ForwardContext:
-    """The context of a pass on ``latent`` with ``conds``, to which ``batch`` was added."""
+    """The context of a pass on ``latent`` with ``conds``, to which ``batch`` was added; ``kept``: see
+    ``Family.kept_tokens``."""
     family, settings = run.family, run.settings
     before, after = family.reference_tokens(conds, diffusion_model)
-    filling, kept = family.image_padding(latent, diffusion_model), family.kept_tokens(latent, conds)
-    own = family.grid(latent) if kept is None else int(kept.sum())
+    filling, own = family.image_padding(latent, diffusion_model), family.grid(latent) if kept is None else len(kept)
     is_padding, released = torch.isinf(batch.beta.float()[:, 0]), settings.released_by(family)
     beta = _image_beta(family, batch, latent, kept, (before, after, filling), settings.affect_references)
     shape = len(LAYERS), latent.shape[0], before + own + after + filling
@@ -223,7 +224,7 @@ def make_forward_context(
         nowhere=beta if len(run.selected) == len(run.blocks) else torch.full_like(beta, torch.inf),
         padding=is_padding if is_padding.shape[1] > 1 else None,
         released=released,
-        method=settings.arithmetic.on(latent.device),
+        method=run.method(latent.device),
         padding_as_text=is_padding.expand(-1, batch.length) if released is not None and batch.has_padding else None,
         backend=backend,
         width=family.attention_width(diffusion_model),
@@ -255,7 +256,7 @@ def _image_beta(
     if mask is None:
         mask = torch.ones(1, 1, *latent.shape[2:], device=latent.device)
     inside = family.image_tokens(mask.float())
-    inside = inside if kept is None else inside[:, kept]
+    inside = inside if kept is None else inside.index_select(1, kept)
     size = inside.shape[0], inside.shape[2]
     before, after, padding = (
         inside.new_full((size[0], count, size[1]), float(see)) for count, see in zip(others, shown, strict=True)

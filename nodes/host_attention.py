@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from comfy.model_management import OOM_EXCEPTION, InterruptProcessingException
 from torch import Tensor
 
-from ..vsf_core import WAYS, Attention, AttentionBackend, LSEAttention, fused_attention, lse_attention
+from ..vsf_core import WAYS, Attention, AttentionBackend, LSEAttention, fused_attention, lse_attention, zero_mask
 
 if TYPE_CHECKING:
     from ..vsf_core.fused import FusedAttention
@@ -170,8 +170,7 @@ def _applies_masks(host: HostAttention) -> bool:
     True where the attempt fails: then the real call will fail too, and say why.
     """
     q, k, v = host.given
-    columns = -(-k.shape[2] // 16) * 16  # a row begins where kernels want it
-    mask = torch.zeros(1, 1, 1, columns).to(q)[..., : k.shape[2]]
+    mask = zero_mask(1, 1, 1, k.shape[2], like=q)
     mask[..., k.shape[2] // 2 :] = -torch.inf
     try:
         out = host.black_box(q, k, v, mask)

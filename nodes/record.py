@@ -97,6 +97,7 @@ class Holder:
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:
             options.pop(RECORD_KEY, None)
+            record.finish()
 
 
 def _prompt_of(context: ExecutionContext | None) -> str | None:
@@ -104,13 +105,13 @@ def _prompt_of(context: ExecutionContext | None) -> str | None:
 
 
 class Recorder:
-    """One sampling run: from the patched model's forward passes into its record."""
+    """One sampling run: from the patched model's forward passes into its record, without waiting for the device."""
 
     def __init__(self, record: AttentionRecord, entries: frozenset, sigmas: Tensor) -> None:
-        self.record, self.entries, self.sigmas = record, entries, sigmas.cpu()
+        self.record, self.entries, self.sigmas = record, entries, {sigmas.device: sigmas}
 
     def add(
-        self, mass: Tensor, counts: Tensor, latent: Tensor, view: View, latent_map: LatentMap, options: dict
+        self, mass: Tensor, counts: list[float], latent: Tensor, view: View, latent_map: LatentMap, options: dict
     ) -> None:
         """A forward pass on ``latent``, a ``view`` of the run's: ``mass`` [layer groups, B, tokens], summed over
         ``counts`` [layer groups] blocks.
@@ -123,13 +124,15 @@ class Recorder:
                 f"{latent.shape[-2]} of {self.record.shape[3]} x {self.record.shape[2]} latent pixels), for a "
                 "conditioning with an area. Use ConditioningSetMask instead of an area, or remove VSF Record."
             )
-        sigma = options["sigmas"][0].item()
+        if mass.device not in self.sigmas:
+            self.sigmas[mass.device] = next(iter(self.sigmas.values())).to(mass.device)
+        sigma = options["sigmas"][0].to(mass.device)
         # samplers with several evaluations a step look between two noise levels of the schedule
-        step = int((self.sigmas >= sigma * (1 - 1e-5)).sum()) - 1
-        step = min(max(step, 0), self.record.steps - 1)
+        step = (self.sigmas[mass.device] >= sigma * (1 - 1e-5)).sum() - 1
+        step = step.clamp(0, self.record.steps - 1)
         places, frames = latent_map.own(view)
         grid = (len(view.frames), *(-(-len(side) // self.record.patch) for side in (view.rows, view.columns)))
-        own = mass.cpu().unflatten(2, grid)[:, :, places]
+        own = _at(mass.unflatten(2, grid), places)
         at = view.pictures, frames, view.rows, view.columns
         for part, uuid in zip(own.chunk(len(options["uuids"]), dim=1), options["uuids"], strict=True):
             if uuid in self.entries:
@@ -137,6 +140,13 @@ class Recorder:
                     self.record.add(step, part, counts, at)
                 except ValueError as error:
                     raise RuntimeError(f"VSF: VSF Record cannot place a step: {error}. Remove VSF Record.") from error
+
+
+def _at(mass: Tensor, frames: list[int]) -> Tensor:
+    """Those ``frames`` of ``mass`` [layer groups, B, frames, ...]: a view if they follow one another, as they do but
+    where a patch shows others; a list of indices would have to go to the device first."""
+    whole = range(frames[0], frames[0] + len(frames)) if frames else range(0)
+    return mass[:, :, whole.start : whole.stop] if list(whole) == frames else mass[:, :, frames]
 
 
 class VSFRecord(io.ComfyNode):

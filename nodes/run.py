@@ -4,6 +4,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import comfy.conds
@@ -30,7 +31,8 @@ log = logging.getLogger(__name__)
 SCALES_KEY = "vsf_scales"
 """In ``transformer_options``, while VSF Scale Sweep is in the graph: a scale for each picture of the batch."""
 MOST_KEPT = 16
-"""Of how many predictions the negatives are kept ready, on the device: context windows come again every step."""
+"""Of how many predictions the negatives, and which tokens the model keeps, are ready on the device: context windows
+come again every step."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,10 @@ class Run:
     ready: OrderedDict[tuple, tuple[list, list[NegativeBatch]]] = field(default_factory=OrderedDict)
     embeddings: dict[tuple, tuple[Negative, Negative]] = field(default_factory=dict)
     backends: dict[tuple[Callable | None, torch.device], Backend] = field(default_factory=dict)
+    methods: dict[torch.device, Method] = field(default_factory=dict)
+    kept: dict[tuple, Tensor | None] = field(default_factory=dict)
+    window: tuple[float, float] | None = None
+    """The noise levels at which the settings' window begins and ends."""
     steps: int = 0
     """How often ComfyUI asked for a prediction."""
     expected: bool = False
@@ -132,7 +138,8 @@ class Run:
         """The conds of a prediction of ``x``, those that run with what the model gets of the negatives in its
         ``model_conds``; none inside the window, or none at all, and ComfyUI's own code runs."""
         self.steps += 1
-        added = self._added(conds, model, x, timestep, model_options) if self._in_window(model, timestep) else {}
+        level = cache(lambda: timestep[0].cpu())  # who asks waits for the device: once a step, if at all
+        added = self._added(conds, model, x, level, model_options) if self._in_window(model, level) else {}
         self.expected = bool(added)
         return [branch and [_with_model_conds(entry, added) for entry in branch] for branch in conds]
 
@@ -148,22 +155,25 @@ class Run:
             raise error
         self.missed = error
 
-    def _in_window(self, model: Any, timestep: Tensor) -> bool:
-        """The bounds are computed here since a later ModelSampling node may change them; 0 and 1 are no bounds."""
+    def _in_window(self, model: Any, level: Callable[[], Tensor]) -> bool:
+        """Whether the noise ``level`` of a step is inside; 0 and 1 are no bounds.
+
+        The bounds are not computed before the first step: a later ModelSampling node may change them. A level that is
+        none of the schedule's, as samplers have that look twice a step, can only be read: once a step, as ComfyUI does
+        for ConditioningSetTimestepRange."""
         start, end, sampling = self.settings.start, self.settings.end, model.model_sampling
         if start <= 0 and end >= 1:
             return True
-        sigma = float(timestep[0])
-        return not (
-            (start > 0 and sigma > sampling.percent_to_sigma(start))
-            or (end < 1 and sigma < sampling.percent_to_sigma(end))
-        )
+        if self.window is None:
+            self.window = sampling.percent_to_sigma(start), sampling.percent_to_sigma(end)
+        sigma, (first, last) = float(level()), self.window
+        return not ((start > 0 and sigma > first) or (end < 1 and sigma < last))
 
     def _added(
-        self, conds: list, model: Any, x: Tensor, timestep: Tensor, model_options: dict
+        self, conds: list, model: Any, x: Tensor, level: Callable[[], Tensor], model_options: dict
     ) -> dict[int, dict[str, Any]]:
         """What each entry (by id) that runs in this step gains in ``model_conds``; nothing if none has a negative."""
-        entries = [entry for branch in conds if branch for entry in branch if _is_active(entry, timestep)]
+        entries = [entry for branch in conds if branch for entry in branch if _is_active(entry, level)]
         groups: list[tuple[Negative, ...]] = [entry["model_conds"].get(KEY, ()) for entry in entries]
         if not any(groups):
             return {}
@@ -203,6 +213,23 @@ class Run:
         return self.embeddings[key][1]
 
     # -- a forward pass -----------------------------------------------------------------------------------------------
+
+    def method(self, device: torch.device) -> Method:
+        """The method with its numbers on ``device``, where they are put once a run."""
+        if device not in self.methods:
+            self.methods[device] = self.settings.arithmetic.on(device)
+        return self.methods[device]
+
+    def kept_tokens(
+        self, latent: Tensor, conds: Mapping[str, Any], view: View, options: Mapping[str, Any]
+    ) -> Tensor | None:
+        """``Family.kept_tokens``: they are the same in all steps, for the same entries and view."""
+        key = view, tuple(options.get("uuids", ())), latent.device
+        if key not in self.kept:
+            if len(self.kept) == MOST_KEPT:
+                self.kept.clear()
+            self.kept[key] = self.family.kept_tokens(latent, conds)
+        return self.kept[key]
 
     def backend(self, options: Mapping[str, Any], device: torch.device, model: Any) -> Backend:
         """Chosen once a run for each override that it meets, on each device."""
@@ -343,12 +370,9 @@ def _with_model_conds(entry: dict, added: Mapping[int, dict]) -> dict:
     return {**entry, "model_conds": {**model_conds, **added.get(id(entry), {})}}
 
 
-def _is_active(entry: dict, timestep: Tensor) -> bool:
-    """Whether ComfyUI will use this entry at this timestep (ConditioningSetTimestepRange)."""
-    if "timestep_start" not in entry and "timestep_end" not in entry:
-        return True
-    sigma = timestep[0]
+def _is_active(entry: dict, level: Callable[[], Tensor]) -> bool:
+    """Whether ComfyUI will use this entry at this noise ``level`` (ConditioningSetTimestepRange)."""
     return not (
-        ("timestep_start" in entry and sigma > entry["timestep_start"])
-        or ("timestep_end" in entry and sigma < entry["timestep_end"])
+        ("timestep_start" in entry and level() > entry["timestep_start"])
+        or ("timestep_end" in entry and level() < entry["timestep_end"])
     )

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..vsf_core import aligned
 from .attention_override import patched_options
 from .compiled import distinguish_graphs, is_compiled, unwrapped
 from .families import Family
@@ -141,7 +142,7 @@ class VSFPatch:
             result = executor(x, t, c_concat, context, control, options, **kwargs)
         run.verify(forward, compiled)
         if forward.attention_mass is not None:
-            seen = forward.recorded(forward.attention_mass)
+            seen = forward.recorded(forward.attention_mass, self.family.grid(latent))
             transformer_options[RECORD_KEY].add(*seen, latent, batch.view, run.latent_map, transformer_options)
         return result
 
@@ -159,7 +160,8 @@ class VSFPatch:
     ) -> tuple[Tensor, ForwardContext]:
         """The text [N, P] that the model gets, and the context of its pass."""
         family, diffusion_model = self.family, unwrapped(model.diffusion_model)
-        multiple, taken = family.text_multiple(diffusion_model), family.lengths_to_avoid(latent, conds, diffusion_model)
+        multiple, kept = family.text_multiple(diffusion_model), run.kept_tokens(latent, conds, batch.view, options)
+        taken = family.lengths_to_avoid(latent, conds, diffusion_model, kept)
         batch = batch.padded_to_unique_length(positive.shape[1], taken, multiple) if taken else batch
         # ComfyUI's own next step is this cast; here it halves a copy
         dtype, released = model.get_dtype_inference(), self.settings.released_by(family)
@@ -174,7 +176,9 @@ class VSFPatch:
                 f"{self.settings.method.name} has no such part. Remove VSF Record, or set method to vsf on VSF Model "
                 "Patch."
             )
-        return text, make_forward_context(run, batch, latent, conds, diffusion_model, stream, taken, backend, recorded)
+        return text, make_forward_context(
+            run, batch, latent, conds, diffusion_model, stream, taken, kept, backend, recorded
+        )
 
     def _grown(self, conds: dict, batch: NegativeBatch, forward: ForwardContext, positive: Tensor) -> dict:
         """The conds besides the text, as they fit [N, P]: a mask over it, and the released pipeline's pooled text."""
@@ -199,7 +203,7 @@ def _grown_mask(mask: Tensor, negative: int, text: int) -> Tensor:
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
     rows = negative if mask.shape[-2] > 1 and not over_text else 0
-    return F.pad(mask, (negative, 0, rows, 0))
+    return aligned(F.pad(mask, (negative, 0, rows, 0)))
 
 
 def _mixed_pooled(positive: Tensor, negative: Tensor, weight: float) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backends import AttentionBackend
-from .layout import TokenLayout, padding_mask
+from .layout import TokenLayout, padding_mask, zero_mask
 
 SLIVER_BYTES = {"cpu": 2 * 2**20}
 OTHER_SLIVER_BYTES = 256 * 2**20
@@ -146,7 +146,7 @@ def attend_from_negative(call: JointCall) -> Tensor:
     hidden = None
     if layout.positive or padding is not None:
         batch, keys = 1 if padding is None else padding.shape[0], layout.keys
-        hidden = call.q.new_zeros(batch, 1, 1, -(-keys // 16) * 16)[..., :keys]  # rows begin where kernels want them
+        hidden = zero_mask(batch, 1, 1, keys, like=call.q)
         for p in layout.spans("P"):
             hidden[..., p] = -torch.inf
         if padding is not None:

@@ -66,9 +66,29 @@ class TokenLayout:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
+MASK_ROW = 16
+"""How many elements, or a multiple of that, lie between the rows of a mask, and before its first: attention kernels of
+GPUs read several at a time, and one that begins between two reads is the end of the process."""
+
+
+def zero_mask(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A mask of zeros as an attention of a GPU takes it without a copy; device and, by default, dtype of ``like``. What
+    lies between its rows is 0 too: a kernel may read it."""
+    return like.new_zeros((*shape[:-1], shape[-1] + -shape[-1] % MASK_ROW), dtype=dtype)[..., : shape[-1]]
+
+
+def aligned(mask: Tensor) -> Tensor:
+    """``mask``, or a copy of it, so that an attention of a GPU can take it."""
+    if not torch.compiler.is_compiling():  # a graph knows of no addresses
+        starts = mask.storage_offset(), *mask.stride()[:-1]
+        if mask.stride(-1) == 1 and not any(start % MASK_ROW for start in starts):
+            return mask
+    return zero_mask(*mask.shape, like=mask).copy_(mask)
+
+
 def padding_mask(padding: Tensor, dtype: torch.dtype) -> Tensor:
     """``padding`` (bool, of any shape) as an additive mask: 0 on real tokens, -inf on padding. As a beta: negated."""
-    return torch.zeros_like(padding, dtype=dtype).masked_fill(padding, -torch.inf)
+    return zero_mask(*padding.shape, like=padding, dtype=dtype).masked_fill_(padding, -torch.inf)
 
 
 def unless_all(padding: Tensor) -> Tensor:

@@ -5,12 +5,13 @@ image tokens. No L x L tensor is made."""
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import JointCall, row_chunks
 from .backends import Attention
 from .guidance import Steer, steer_
-from .layout import padding_mask
+from .layout import aligned, padding_mask, zero_mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,27 +32,47 @@ class RowMasks:
         """A copy of that with ``values`` added to N's columns, broadcast over batch and rows."""
         rows = self.rows(group)
         total = rows[..., self.n] + values
-        out = rows.expand(total.shape[0], 1, total.shape[2], -1).clone()
+        out = zero_mask(total.shape[0], 1, total.shape[2], rows.shape[3], like=rows).copy_(rows)
         out[..., self.n] = total
         return out
 
     def attend_flipped_(
-        self, out: Tensor, image: slice, v: Tensor, beta: Tensor, visible: Tensor | float, mass: Tensor | None
+        self,
+        out: Tensor,
+        image: slice,
+        v: Tensor,
+        alpha: Tensor,
+        beta: Tensor,
+        visible: Tensor | float,
+        mass: Tensor | None,
     ) -> Tensor:
-        """In place: ``image`` of ``out`` becomes its attention to ``v``, in which N's values are flipped. ``visible``:
-        -inf on N's padding."""
+        """In place: ``image`` of ``out`` becomes its attention to ``v`` with N's values times -alpha. ``visible``: -inf
+        on N's padding."""
+        v, factor = self.flipped(v, alpha)
         varies = beta.shape[1] > 1 or self.given.shape[2] > 1
         whole = slice(0, image.stop - image.start)
         for chunk in row_chunks(self.q[:, :, image], self.k.shape[2]) if varies else [whole]:
             group = slice(image.start + chunk.start, image.start + chunk.stop)
             part = beta[:, chunk] if beta.shape[1] > 1 else beta
             seen = self.seen(group, visible - part[:, None].to(self.q.dtype))
-            out[:, :, group] = self.attend(self.q[:, :, group], self.k, v, seen)
+            z = self.attend(self.q[:, :, group], self.k, v, seen)
+            out[:, :, group] = z if factor is None else z * factor
             if mass is not None:  # attention to values that are 1 where N is and 0 elsewhere
                 ones = torch.zeros_like(self.k)
                 ones[:, :, self.n] = 1.0
                 mass[:, chunk] += self.attend(self.q[:, :, group], self.k, ones, seen)[..., 0].float().mean(dim=1)
         return out
+
+    def flipped(self, v: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``v`` with N's values times -alpha; and what the result is to be multiplied by. In fp16, where the product may
+        overflow, that is a power of two, by which ``v`` was divided without a rounding."""
+        if v.dtype == torch.float16:
+            factor = torch.exp2(torch.ceil(torch.log2(alpha.abs().amax().clamp_min(1.0))))
+            v = v / factor
+        else:
+            v, factor = v.clone(), None
+        v[:, :, self.n] *= -alpha[:, None]
+        return v, factor
 
 
 def joint_attention_masked(call: JointCall, steer: Steer | None = None) -> Tensor:
@@ -64,7 +85,7 @@ def joint_attention_masked(call: JointCall, steer: Steer | None = None) -> Tenso
     positive, out = (layout.take("PI", k), layout.take("PI", v)), torch.empty_like(q)
 
     def over_positive(group: slice) -> Tensor:
-        seen = None if call.mask is None else layout.take("PI", masks.rows(group), dim=3)
+        seen = None if call.mask is None else aligned(layout.take("PI", masks.rows(group), dim=3))
         return attend(q[:, :, group], *positive, seen)
 
     def over_negative(group: slice) -> Tensor:
@@ -76,9 +97,7 @@ def joint_attention_masked(call: JointCall, steer: Steer | None = None) -> Tenso
     if negative.beta is None or steer is not None:
         out[:, :, i] = over_positive(i)
     else:
-        flipped = v.clone()
-        flipped[:, :, n] *= -negative.alpha[:, None].to(v.dtype)
-        masks.attend_flipped_(out, i, flipped, negative.beta, visible, call.attention_mass)
+        masks.attend_flipped_(out, i, v, negative.alpha, negative.beta, visible, call.attention_mass)
     for p in layout.spans("P"):
         out[:, :, p] = over_positive(p)
     if layout.negative:
@@ -86,3 +105,23 @@ def joint_attention_masked(call: JointCall, steer: Steer | None = None) -> Tenso
     if steer is not None:
         steer_(out[:, :, i], over_negative(i), steer, negative)
     return out
+
+
+def cross_attention_masked(
+    attend: Attention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_neg: Tensor,
+    v_neg: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    mask: Tensor | None,
+    attention_mass: Tensor | None,
+) -> Tensor:
+    """VSF for cross-attention: one attention over [N, P]. beta: padding included; mask: over P."""
+    n, image = slice(0, k_neg.shape[2]), slice(0, q.shape[2])
+    keys, values = torch.cat((k_neg, k), dim=2), torch.cat((v_neg, v), dim=2)
+    given = q.new_zeros(1, 1, 1, keys.shape[2]) if mask is None else F.pad(mask.to(q.dtype), (n.stop, 0))
+    masks = RowMasks(attend, q, keys, n, given)
+    return masks.attend_flipped_(torch.empty_like(q), image, values, alpha, beta, 0.0, attention_mass)

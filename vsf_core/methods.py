@@ -20,14 +20,13 @@ it costs a second call of the black box and is as exact as that one's dtype.
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import JointCall, NegativeTerms, joint_attention, merge_negative_, padding_beta
 from .backends import AttentionBackend
 from .guidance import joint_attention_guided, steer_
 from .layout import TokenLayout, padding_mask, unless_all
-from .masked import RowMasks, joint_attention_masked
+from .masked import cross_attention_masked, joint_attention_masked
 from .reference import cross_attention_exact, exact, joint_attention_exact
 
 
@@ -150,7 +149,7 @@ def attend_cross(
         return steer_(z, others[0], method, negative) if isinstance(method, Guidance) else z
     if isinstance(method, Guidance):
         attend = exact if way == "reference" else backend.black_box
-        hidden = None if negative.padding is None else padding_mask(negative.padding, q.dtype)[:, None, None]
+        hidden = None if negative.padding is None else padding_mask(negative.padding[:, None, None], q.dtype)
         return steer_(attend(q, k, v, mask), attend(q, *text, hidden), method, negative)
     hidden, alpha = padding_beta(negative.padding), negative.alpha
     beta = beta if hidden is None else beta + hidden
@@ -158,14 +157,7 @@ def attend_cross(
         return merge_negative_(*backend.with_lse(q, k, v), q, *text, alpha, beta, backend, attention_mass)
     if way == "reference":
         return cross_attention_exact(q, k, v, *text, alpha, beta, mask, backend.softmax_scale, attention_mass)
-    n, image = slice(0, k_neg.shape[2]), slice(0, q.shape[2])
-    keys = torch.cat((k_neg, k), dim=2)
-    values = torch.cat((-alpha[:, None].to(v.dtype) * v_neg, v), dim=2)
-    given = q.new_zeros(1, 1, 1, keys.shape[2]) if mask is None else F.pad(mask.to(q.dtype), (n.stop, 0))
-    masks = RowMasks(backend.black_box, q, keys, n, given)
-    if beta.shape[1] == 1 and attention_mass is None:
-        return backend.black_box(q, keys, values, masks.seen(image, -beta[:, None].to(q.dtype)))
-    return masks.attend_flipped_(torch.empty_like(q), image, values, beta, 0.0, attention_mass)
+    return cross_attention_masked(backend.black_box, q, k, v, *text, alpha, beta, mask, attention_mass)
 
 
 def way_of(method: Method, backend: AttentionBackend, mask: Tensor | None = None, cross: bool = False) -> str:

@@ -130,7 +130,8 @@ class Family(ABC):
         return 0, 0
 
     def kept_tokens(self, latent: Tensor, conds: Mapping[str, Any]) -> Tensor | None:
-        """bool [I]: which of a latent's tokens the model keeps, where it leaves some out."""
+        """int: which of a latent's tokens the model keeps, where it leaves some out. Asked once a run for each view of
+        its latent: this may wait for the device."""
         return None
 
     def other_sequence_lengths(self, latent: Tensor, conds: Mapping[str, Any], diffusion_model: Any) -> set[int]:
@@ -140,10 +141,14 @@ class Family(ABC):
         others = (0, before, after, before + after, padding)
         return {count + more for count in self.grids(latent) for more in others}
 
-    def lengths_to_avoid(self, latent: Tensor, conds: Mapping[str, Any], diffusion_model: Any) -> set[int]:
-        """How many tokens a text must not have, so that each call can be told: none where blocks tell."""
-        told_by_length = self.cross_attention or self.block_hook is None
-        return self.other_sequence_lengths(latent, conds, diffusion_model) if told_by_length else set()
+    def lengths_to_avoid(
+        self, latent: Tensor, conds: Mapping[str, Any], diffusion_model: Any, kept: Tensor | None
+    ) -> set[int]:
+        """How many tokens a text must not have, so that each call can be told: none where blocks tell. ``kept``: those
+        of ``kept_tokens``."""
+        if not self.cross_attention and self.block_hook is not None:
+            return set()
+        return self.other_sequence_lengths(latent, conds, diffusion_model) | (set() if kept is None else {len(kept)})
 
     def text_multiple(self, diffusion_model: Any) -> int:
         """The model fills its text up, at the end, to a multiple of so many tokens."""

@@ -32,10 +32,6 @@ class LTXV(CrossFamily):
     def head_dim(self, diffusion_model: Any) -> int:
         return diffusion_model.attention_head_dim
 
-    def other_sequence_lengths(self, latent: Tensor, conds: Mapping[str, Any], diffusion_model: Any) -> set[int]:
-        lengths, kept = super().other_sequence_lengths(latent, conds, diffusion_model), self.kept_tokens(latent, conds)
-        return lengths if kept is None else lengths | {int(kept.sum())}
-
     def other_frames(self, entry: Mapping[str, Any], latent: Tensor) -> tuple[int, int]:
         guides, tokens = entry.get("guide_attention_entries"), entry.get("keyframe_idxs")
         if guides:
@@ -47,7 +43,8 @@ class LTXV(CrossFamily):
         if denoise is None or tokens is None or tokens.shape[2] == 0:
             return None
         kept = (denoise[0] >= 0).all(dim=0).expand(latent.shape[2:]).flatten()  # guides may leave out some of theirs
-        return None if kept.all() else kept
+        places = kept.nonzero().flatten()
+        return None if len(places) == len(kept) else places
 
 
 class LTXAV(LTXV):

@@ -25,6 +25,7 @@ args.use_pytorch_cross_attention = True
 import comfy.model_management  # noqa: E402, F401
 from hosting.client import ComfyClient, run_in_thread  # noqa: E402
 from hosting.server import ComfyServer  # noqa: E402
+from kernel_rules import watch  # noqa: E402
 
 import nodes  # noqa: E402
 
@@ -36,13 +37,15 @@ def pack_fixture() -> SimpleNamespace:
 
 
 def load_pack() -> SimpleNamespace:
-    """Has ComfyUI load the pack; fails where it can't."""
+    """Has ComfyUI load the pack, and holds its attention to the rules of CUDA's kernels; fails where it can't."""
     logging.getLogger().setLevel(logging.INFO)
     # in a thread of its own: the browser tests' driver may keep an event loop running in this one
     assert run_in_thread(nodes.load_custom_node(str(ROOT)))
     mapping = nodes.NODE_CLASS_MAPPINGS
+    module = sys.modules[mapping["VSFModelPatch"].__module__.rsplit(".nodes", 1)[0]]
+    watch(module.__name__)
     return SimpleNamespace(
-        module=sys.modules[mapping["VSFModelPatch"].__module__.rsplit(".nodes", 1)[0]],
+        module=module,
         patch=lambda model, **kw: mapping["VSFModelPatch"].execute(model=model, **kw).result[0],
         negative=lambda positive, **kw: mapping["VSFNegativeConditioning"].execute(positive=positive, **kw).result[0],
         mapping=mapping,

@@ -202,9 +202,11 @@ def test_windows_over_the_batch(pack, name, overlap):
     """Each picture keeps its own mask, its own negative and its own scale, whichever window it is in."""
     case, model, n = CASES[name], model_of(name), 6
     masks = torch.linspace(0, 1, n)[:, None, None].expand(n, 32, 32).contiguous()
-    sweep, _, _ = pack.mapping["VSFScaleSweep"].execute(
-        pack.patch(model), {"samples": torch.zeros(1, case.channels, *case.sizes[0])}, "0, 1, 2, 3, 4, 5"
-    ).result
+    sweep, _, _ = (
+        pack.mapping["VSFScaleSweep"]
+        .execute(pack.patch(model), {"samples": torch.zeros(1, case.channels, *case.sizes[0])}, "0, 1, 2, 3, 4, 5")
+        .result
+    )
     own = [[torch.cat([text(5, seed, case.width) for seed in range(n)]), {}]]
     runs = {
         "masks": (pack.patch(model), pack.negative(case.prompt(), negative=case.negative(), mask=masks)),

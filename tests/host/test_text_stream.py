@@ -377,9 +377,7 @@ def queries_warmer(q, k, v, pe=None, attn_mask=None, extra_options=None):
 def test_keys_that_move_are_named(pack, patch):
     case = CASES["flux"]
     with pytest.raises(RuntimeError, match=patch.__name__):
-        case.run(
-            with_keys(pack.patch(model_of("flux")), patch), pack.negative(case.prompt(), negative=case.negative())
-        )
+        case.run(with_keys(pack.patch(model_of("flux")), patch), pack.negative(case.prompt(), negative=case.negative()))
 
 
 @pytest.mark.parametrize("name", ["flux", "qwen-image"])

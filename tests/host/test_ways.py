@@ -1,5 +1,5 @@
-"""Every way to compute VSF, forced by ``VSF_ATTENTION`` as for a bug report: whole tiny models give one picture, and the
-log says which way it was. The fused kernel runs under Triton's interpreter, as there is no GPU."""
+"""Every way to compute VSF, forced by ``VSF_ATTENTION`` as for a bug report: whole tiny models give one picture, and
+the log says which way it was. The fused kernel runs under Triton's interpreter, as there is no GPU."""
 
 import importlib
 import sys

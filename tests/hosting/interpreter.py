@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def triton_interpreted() -> Iterator[None]:
-    """Kernels that are made here are interpreted, unless there is a GPU to run them. To be entered once before Triton is
-    imported, since it is made of kernels too, and again where ours are made."""
+    """Kernels that are made here are interpreted, unless there is a GPU to run them. To be entered once before Triton
+    is imported, since it is made of kernels too, and again where ours are made."""
     import torch
 
     if torch.cuda.is_available():

@@ -72,9 +72,9 @@ def test_record_means():
     record = AttentionRecord()
     record.begin((1, 2, 2, 2), steps=3, patch=2)
     one = torch.ones(3, 1, 2, 1, 1) * torch.tensor([1.0, 2.0, 4.0]).view(3, 1, 1, 1, 1)
-    record.add(0, one, torch.tensor([1.0, 1.0, 2.0]))
-    record.add(0, one * 3, torch.tensor([1.0, 1.0, 2.0]))
-    record.add(2, one[:, :, :1] * 10, torch.tensor([1.0, 1.0, 2.0]), at=([0], [1], [0, 1], [0, 1]))
+    record.add(0, one, (1, 1, 2))
+    record.add(torch.tensor(0), one * 3, (1, 1, 2))
+    record.add(torch.tensor(2), one[:, :, :1] * 10, (1, 1, 2), at=([0], [1], [0, 1], [0, 1]))
     assert record.acted == [0, 2]
     assert [record.mean(layer, 0)[0, 0].item() for layer in LAYERS] == [2.0, 4.0, 4.0]
     assert record.mean("all", 0)[0, 0].item() == 7 * 4 / 8
@@ -90,10 +90,10 @@ def test_windows_of_a_record():
     record = AttentionRecord()
     record.begin((2, 1, 4, 6), steps=1, patch=2)
     for columns, value in (([0, 1, 2, 3], 1.0), ([2, 3, 4, 5], 3.0)):
-        record.add(0, torch.full((3, 1, 1, 2, 2), value), torch.ones(3), at=([1], [0], range(4), columns))
+        record.add(0, torch.full((3, 1, 1, 2, 2), value), (1, 1, 1), at=([1], [0], range(4), columns))
     assert record.mean()[1, 0].tolist() == [[1.0, 2.0, 3.0]] * 2
     assert not record.mean()[0].any()
-    record.add(0, torch.full((3, 2, 1, 2, 3), 4.0), torch.ones(3), at=([1, 1], [0], range(4), range(6)))
+    record.add(0, torch.full((3, 2, 1, 2, 3), 4.0), (1, 1, 1), at=([1, 1], [0], range(4), range(6)))
     assert record.mean()[1, 0, 0].tolist() == pytest.approx([(1 + 8) / 3, (1 + 3 + 8) / 4, (3 + 8) / 3])
     with pytest.raises(ValueError, match="begins at latent pixel 1, inside a token"):
-        record.add(0, torch.ones(3, 1, 1, 2, 2), torch.ones(3), at=([0], [0], range(4), [1, 2, 3, 4]))
+        record.add(0, torch.ones(3, 1, 1, 2, 2), (1, 1, 1), at=([0], [0], range(4), [1, 2, 3, 4]))

@@ -141,7 +141,8 @@ def _cross_override(previous: Callable | None, func: Callable, *args: Any, **kwa
     if not block.enter(forward.run.paths, way_of(forward.method, backend, mask, cross=True)):
         return host.join(host.black_box(q, *positive, mask))
     terms, mass = forward.terms(block, host.queries), block.attention_mass(host.queries, forward.rows)
-    return host.join(attend_cross(forward.method, backend, q, *positive, *negative, terms, mask, mass))
+    out = attend_cross(forward.method, backend, q, *positive, *negative, terms, mask, mass)
+    return host.join(forward.checked(out))
 
 
 def _without(span: slice, x: Tensor, dim: int = 2) -> Tensor:
@@ -196,7 +197,7 @@ def _joint(host: HostAttention, layout: TokenLayout, block: BlockContext) -> Ten
     if ordinary:
         return host.join(backend.black_box(q, k, v, None if mask is None else aligned(mask)))
     terms = forward.terms(block, layout.image, seen=entered)
-    return host.join(attend_joint(forward.method, backend, q, k, v, layout, terms, mask, mass))
+    return host.join(forward.checked(attend_joint(forward.method, backend, q, k, v, layout, terms, mask, mass)))
 
 
 def _total_mask(

@@ -30,6 +30,8 @@ class RunFacts(Protocol):
     paths: set[str]
     reported: bool
 
+    def largest(self, device: torch.device) -> Tensor: ...
+
     def method(self, device: torch.device) -> Method: ...
 
 
@@ -73,6 +75,8 @@ class ForwardContext:
     ``attention_mass``. On the CPU: read without waiting for a device."""
     attention_mass: Tensor | None
     """[layer groups, B, image tokens]: 1 - W, summed over blocks; None without VSF Record."""
+    largest: Tensor
+    """``Run.largest``."""
     calls: int = 0
     """Attentions over text so far that no block patch enclosed."""
     cached_keys: int = 0
@@ -112,6 +116,13 @@ class ForwardContext:
                 )
             beta = beta[:, self.rows[image]]
         return NegativeTerms(self.alpha, beta, self.padding)
+
+    def checked(self, out: Tensor) -> Tensor:
+        """``out``, an attention's. In fp16 its largest value is noted: models cut off what is infinite, to a picture that
+        is finite and wrong."""
+        if out.dtype == torch.float16:
+            self.largest.copy_(torch.maximum(self.largest, torch.linalg.vector_norm(out, torch.inf)))
+        return out
 
     def note(self, position: int) -> tuple[Tensor, Tensor] | None:
         """Where the block at ``position`` adds its attention mass, and counts that it did."""
@@ -234,6 +245,7 @@ def make_forward_context(
         taken=taken,
         reached=torch.zeros(3, len(run.blocks), dtype=torch.int32),
         attention_mass=torch.zeros(shape, device=latent.device) if recorded else None,
+        largest=run.largest(latent.device),
     )
 
 

@@ -78,6 +78,7 @@ class Run:
     embeddings: dict[tuple, tuple[Negative, Negative]] = field(default_factory=dict)
     backends: dict[tuple[Callable | None, torch.device], Backend] = field(default_factory=dict)
     methods: dict[torch.device, Method] = field(default_factory=dict)
+    extremes: dict[torch.device, Tensor] = field(default_factory=dict)
     kept: dict[tuple, Tensor | None] = field(default_factory=dict)
     window: tuple[float, float] | None = None
     """The noise levels at which the settings' window begins and ends."""
@@ -220,6 +221,12 @@ class Run:
             self.methods[device] = self.settings.arithmetic.on(device)
         return self.methods[device]
 
+    def largest(self, device: torch.device) -> Tensor:
+        """The largest value that an attention over text gave on ``device``, in fp16; read after the run."""
+        if device not in self.extremes:
+            self.extremes[device] = torch.zeros((), device=device)
+        return self.extremes[device]
+
     def kept_tokens(
         self, latent: Tensor, conds: Mapping[str, Any], view: View, options: Mapping[str, Any]
     ) -> Tensor | None:
@@ -303,12 +310,12 @@ class Run:
                 f"VSF: no step of this run fell inside start_percent {s.start:g} to end_percent {s.end:g} with a "
                 "negative active: the picture is stock ComfyUI's."
             )
-        elif not torch.isfinite(result).all():
+        elif not all(bool(torch.isfinite(values).all()) for values in (result, *self.extremes.values())):
             name, used = s.method.scale_input, ", ".join(f"{scale:g}" for scale in self.scales)
             raise RuntimeError(
-                f"VSF: the sampled latent has values that are NaN or infinite, at {name} {used} in {self.dtype}. If it "
-                "is so without VSF Model Patch too, the model or its settings are the reason; otherwise lower "
-                f"{name} and strength, or load the model in bf16 or fp32."
+                f"VSF: the sampled latent, or an attention on the way to it, has values that are NaN or infinite, at "
+                f"{name} {used} in {self.dtype}. If the picture is broken without VSF Model Patch too, the model or its "
+                f"settings are the reason; otherwise lower {name} and strength, or load the model in bf16 or fp32."
             )
 
 

@@ -108,6 +108,8 @@ class TextStream:
         """N's first token in ``text``, which ``patches`` made of ``held``, and whether P still follows it as it did."""
         if held.shape[0] != text.shape[0] or held.shape[2] != text.shape[2]:
             raise lost("gives parts of the picture texts of their own", patches)
+        if held.dtype == torch.float16 and _is_broken(held):
+            return self.start, True  # that is no patch's doing, and ends in an error of its own
         n = slice(self.start, self.start + self.negative)
         before, after = _occurrences(held[:, n], held), _occurrences(held[:, n], text)
         if not after:
@@ -122,6 +124,11 @@ class TextStream:
         start = after[before.index(self.start)]
         given, made = held[:, self.start :][:, : self.given], text[:, start:][:, : self.given]
         return start, torch.equal(given, made)
+
+
+def _is_broken(held: Tensor) -> bool:
+    """Whether values went beyond fp16; where models put a number for each NaN, all rows are alike then."""
+    return not torch.isfinite(held).all() or torch.equal(held, held[:, :1].expand_as(held))
 
 
 def _occurrences(rows: Tensor, text: Tensor) -> list[int]:

@@ -64,8 +64,8 @@ class RowMasks:
         return out
 
     def flipped(self, v: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``v`` with N's values times -alpha; and what the result is to be multiplied by. In fp16, where the product may
-        overflow, that is a power of two, by which ``v`` was divided without a rounding."""
+        """``v`` with N's values times -alpha; and what the result is to be multiplied by: in fp16, where the product
+        may overflow, a power of two, by which ``v`` was divided without a rounding."""
         if v.dtype == torch.float16:
             factor = torch.exp2(torch.ceil(torch.log2(alpha.abs().amax().clamp_min(1.0))))
             v = v / factor

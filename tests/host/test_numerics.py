@@ -4,6 +4,7 @@ that says so."""
 
 import pytest
 import torch
+from cases import CASES
 from helpers import conditioning, load_flux, load_sd3, load_wan, relative, sample, text, with_override
 from oracle import Expect, oracle_model
 
@@ -82,5 +83,56 @@ def test_values_that_overflow_end_in_an_error_not_in_a_black_picture(pack, name)
     half, positive = computing_in(model, torch.float16), conditioning(5, 1, width, pooled)
     assert torch.isfinite(run(half, positive, name)).all()
     attached = pack.negative(positive, negative=[[text(3, 5, width), {}]], strength=10.0)
-    with pytest.raises(RuntimeError, match="VSF: the sampled latent has values .* at scale 20 in torch.float16"):
+    with pytest.raises(RuntimeError, match="VSF: the sampled latent, or .* at scale 20 in torch.float16"):
         run(pack.patch(half, scale=20.0), attached, name)
+
+
+TEXT_VALUES = {
+    "sd3": "context_block.attn.qkv.weight",
+    "flux": "txt_attn.qkv.weight",
+    "flux.2 klein": "txt_attn.qkv.weight",
+    "chroma": "txt_attn.qkv.weight",
+    "z-image": "attention.qkv.weight",
+    "hunyuan": "txt_attn.qkv.weight",
+    "wan": "cross_attn.v.weight",
+}
+
+
+def with_values_to(case, model, name, most):
+    """``model``, in which the largest value that an attention reads is about ``most``, and what it makes of it as
+    before."""
+    found = []
+
+    def override(func, q, k, v, *args, **kw):
+        found.append(v.abs().max().item())
+        return func(q, k, v, *args, **kw)
+
+    case.run(with_override(model, override), case.prompt(), steps=1)
+    for key, parameter in model.model.diffusion_model.named_parameters():
+        if key.endswith(TEXT_VALUES[name]):
+            rows = parameter.shape[0] if name == "wan" else parameter.shape[0] // 3
+            parameter.data[-rows:].mul_(most / max(found))
+    return model
+
+
+@pytest.mark.parametrize("way", ["merge", "mask", "reference"])
+@pytest.mark.parametrize("name", TEXT_VALUES)
+def test_large_values_in_fp16(pack, monkeypatch, name, way):
+    """Scale times a value is beyond fp16, what becomes of it is not; models that cut off what is infinite would hide it.
+    What is really beyond fp16 is an error."""
+    case = CASES[name]
+    model = with_values_to(case, case.load(), name, 8000.0)
+    positive, negative = case.prompt(), case.negative()
+    half, offset = computing_in(model, torch.float16), 4.0
+    monkeypatch.setenv("VSF_ATTENTION", way)
+    expects = [case.expect(model, positive, negative, 20.0, offset)]
+    exact, rounded = (case.run(oracle_model(m, expects)[0], positive, steps=1) for m in (model, half))
+    rounding = relative(rounded, exact)
+    assert rounding > 1e-6, "the model does not compute in half precision"
+    ours = case.run(pack.patch(half, scale=20.0, offset=offset), pack.negative(positive, negative=negative), steps=1)
+    assert relative(ours, exact) <= 3 * rounding, rounding
+    loud = pack.negative(positive, negative=negative, strength=10.0)
+    with pytest.raises(
+        RuntimeError, match="VSF: the sampled latent, or an attention on the way to it, has values .* NaN"
+    ):
+        case.run(pack.patch(half, scale=20.0, offset=-4.0), loud, steps=1)

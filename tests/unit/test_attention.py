@@ -142,6 +142,26 @@ def test_extremes(path, alpha, beta, spread):
 
 
 @PATHS
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_alpha_times_a_value_beyond_fp16(path, cross, tokens):
+    """The product is not in the result: with a share of 1 - W it fits."""
+    layout = TokenLayout(61, 13, 9)
+    q, k, v = make(layout, dtype=torch.float16, spread=4.0)
+    v, i, n, p = v * 1000, layout.span("I"), layout.span("N"), layout.span("P")
+    alpha, beta = torch.linspace(-20, 20, tokens).view(1, tokens, 1), torch.full((1, 1, 1), 3.0)
+    alpha[:, :1] = 20.0
+    assert (20 * v.double()).abs().max() > 65504
+    if cross:
+        given = q[:, :, i], k[:, :, p], v[:, :, p], k[:, :, n], v[:, :, n]
+        expected = cross_attention_reference(*(t.double() for t in (*given, alpha, beta)))
+        result = run_cross(path, *given, alpha, beta)
+    else:
+        expected, result = oracle(q, k, v, layout, alpha, beta), run_joint(path, q, k, v, layout, alpha, beta)
+    assert relative(result, expected) < TOLERANCE["fp16"]
+
+
+@PATHS
 @pytest.mark.parametrize("beta", [-0.6, 60.0])
 def test_logits_whose_exponential_overflows(path, beta):
     """A beta per token, at logits whose exp fp32 cannot hold."""

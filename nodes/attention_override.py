@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..vsf_core import (
+    AttentionBackend,
     TokenLayout,
     aligned,
     attend_cross,
@@ -19,7 +20,7 @@ from ..vsf_core import (
 )
 from .blocks import Block
 from .forward_context import BLOCK_KEY, FORWARD_KEY, BlockContext, ForwardContext
-from .host_attention import OVERRIDE, HostAttention
+from .host_attention import FORCE, OVERRIDE, HostAttention
 from .host_check import changed_host
 from .text_patches import text_followed
 
@@ -138,7 +139,7 @@ def _cross_override(previous: Callable | None, func: Callable, *args: Any, **kwa
     if block is None:
         block = forward.block_outside(host.options)
     backend = forward.backend.of(host)
-    if not block.enter(forward.run.paths, way_of(forward.method, backend, mask, cross=True)):
+    if not block.enter(forward.run.paths, _way(forward, backend, mask, cross=True)):
         return host.join(host.black_box(q, *positive, mask))
     terms, mass = forward.terms(block, host.queries), block.attention_mass(host.queries, forward.rows)
     out = attend_cross(forward.method, backend, q, *positive, *negative, terms, mask, mass)
@@ -192,12 +193,20 @@ def _joint(host: HostAttention, layout: TokenLayout, block: BlockContext) -> Ten
     mask = _total_mask(host.mask, layout, block.kind, forward, q.dtype)
     backend = forward.backend.of(host)
     ordinary = forward.released is not None and block.kind not in forward.released.kinds
-    entered = block.enter(forward.run.paths, "ordinary text" if ordinary else way_of(forward.method, backend, mask))
+    entered = block.enter(forward.run.paths, "ordinary text" if ordinary else _way(forward, backend, mask))
     mass = block.attention_mass(layout.image, forward.rows)
     if ordinary:
         return host.join(backend.black_box(q, k, v, None if mask is None else aligned(mask)))
     terms = forward.terms(block, layout.image, seen=entered)
     return host.join(forward.checked(attend_joint(forward.method, backend, q, k, v, layout, terms, mask, mass)))
+
+
+def _way(forward: ForwardContext, backend: AttentionBackend, mask: Tensor | None, cross: bool = False) -> str:
+    """In words, how a call is computed. Raises ``RuntimeError`` where it cannot be in the way that is forced."""
+    try:
+        return way_of(forward.method, backend, mask, cross)
+    except ValueError as error:
+        raise RuntimeError(f"VSF: {FORCE}={backend.forced} does not work with this model: {error}.") from error
 
 
 def _total_mask(

@@ -118,8 +118,8 @@ class ForwardContext:
         return NegativeTerms(self.alpha, beta, self.padding)
 
     def checked(self, out: Tensor) -> Tensor:
-        """``out``, an attention's. In fp16 its largest value is noted: models cut off what is infinite, to a picture that
-        is finite and wrong."""
+        """``out``, an attention's. In fp16 its largest value is noted: models cut off what is infinite, to a picture
+        that is finite and wrong."""
         if out.dtype == torch.float16:
             self.largest.copy_(torch.maximum(self.largest, torch.linalg.vector_norm(out, torch.inf)))
         return out

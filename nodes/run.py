@@ -313,9 +313,9 @@ class Run:
         elif not all(bool(torch.isfinite(values).all()) for values in (result, *self.extremes.values())):
             name, used = s.method.scale_input, ", ".join(f"{scale:g}" for scale in self.scales)
             raise RuntimeError(
-                f"VSF: the sampled latent, or an attention on the way to it, has values that are NaN or infinite, at "
-                f"{name} {used} in {self.dtype}. If the picture is broken without VSF Model Patch too, the model or its "
-                f"settings are the reason; otherwise lower {name} and strength, or load the model in bf16 or fp32."
+                "VSF: the sampled latent, or an attention on the way to it, has values that are NaN or infinite, at "
+                f"{name} {used} in {self.dtype}. If the picture is broken without VSF Model Patch too, the model or "
+                f"its settings are the reason; otherwise lower {name} and strength, or load the model in bf16 or fp32."
             )
 
 

@@ -150,7 +150,8 @@ class FusedAttention:
 
     def joint(self, call: JointCall, two: bool = False) -> list[Tensor]:
         """What ``_launch`` returns for a joint call."""
-        layout, mask, n = call.layout, call.mask, call.layout.span("N")
+        layout, n = call.layout, call.layout.span("N")
+        mask = None if call.mask is None else unit_stride(call.mask)[0]
         image = layout.length - layout.image
         places = Places(layout.before, n.stop, image, image, layout.keys)
         mask_neg = None if mask is None else mask[..., n]
@@ -173,6 +174,7 @@ class FusedAttention:
     ) -> list[Tensor]:
         """What ``_launch`` returns for a cross-attention."""
         places = Places(0, 0, 0, k.shape[2], k.shape[2])
+        mask = None if mask is None else unit_stride(mask)[0]
         return self._run(q, k, v, k_neg, v_neg, negative, mask, None, places, softmax_scale, two, share)
 
     def _run(

@@ -44,9 +44,10 @@ def _over(
 ):  # fmt: skip
     """The positive keys from ``start`` to ``stop`` join; WHOLE: they are whole tiles."""
     key, d = tl.arange(0, KEYS), tl.arange(0, DIM)[None, :]
+    k_tile, v_tile = key[:, None] * k_row + d, key[:, None] * v_row + d
     for first in range(start, stop, KEYS):
         at, inside = tl.cast(first, tl.int64), key < stop - first
-        k_at, v_at = K + at * k_row + key[:, None] * k_row + d, V + at * v_row + key[:, None] * v_row + d
+        k_at, v_at = K + at * k_row + k_tile, V + at * v_row + v_tile
         if WHOLE and D == DIM:
             k, v = tl.load(k_at), tl.load(v_at)
         else:

@@ -4,6 +4,7 @@ On the CPU all is computed in fp32, by the path that VSF chooses there. A GPU's 
 from that as ``TIMES`` what stock ComfyUI's own is from its own on the CPU.
 """
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,8 +12,9 @@ from functools import cache, cached_property, partial
 from typing import Any
 from unittest import mock
 
+import gpu_heads
 import torch
-from gpu_report import PATHS, NotRun, PathWords, Report, Unit, forced, require
+from gpu_report import FORCED, PATHS, WORDS, NotRun, PathWords, Report, Unit, forced, require
 from sampling import ROOT, load_pack
 from torch import Tensor
 
@@ -75,6 +77,7 @@ STOCK_OF = {id(one): replace(one, patch=None, negatives=0) for one in MORE.value
 def units(only: list[str] | None) -> list[Unit]:
     """The most telling models first. All precisions of a model stand together, for they share what the CPU made."""
     names = [*SMOKE, *(name for name in (*DISTINCT, "qwen-image, padding") if name not in SMOKE)]
+    names = [gpu_heads.NAME, *names]
     return [[name, dtype] for name in names if only is None or name in only for dtype in DTYPES]
 
 
@@ -191,6 +194,8 @@ class Checks:
         plain, path = STOCK_OF.get(id(setting), STOCK), self.path
         stock = self.known_stock() if plain is STOCK else self.latent(plain)
         own = relative(stock, on_cpu(self.name).latent(plain))
+        if (way := os.environ.get(FORCED)) and not path.startswith((*WORDS[way], "two cross-attentions")):
+            raise AssertionError(f"{FORCED}={way} did not force it; attention: {path}")
         error, allowed = relative(latent, on_cpu(self.name).latent(setting)), max(TIMES * own, AT_LEAST[self.dtype])
         if not error <= allowed:
             raise AssertionError(
@@ -208,7 +213,8 @@ class Checks:
 def run_unit(report: Report, words: PathWords, units: list[Unit]) -> None:
     """Each check of the unit that there is time for."""
     name, dtype = report.unit
-    todo = Checks(name, dtype, report.device, words).all()
+    heads = gpu_heads.Heads(dtype, report.device)
+    todo = heads.all() if name == gpu_heads.NAME else Checks(name, dtype, report.device, words).all()
     report.tell(unit=report.unit, checks=list(todo))
     for check, call in todo.items():
         if report.is_late():

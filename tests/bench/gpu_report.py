@@ -20,6 +20,8 @@ from speed import wait
 FORCED = "VSF_ATTENTION"
 PATHS = ("merge", "fused", "mask", "reference")
 """What the environment variable forces."""
+WORDS = {"fused": ["fused"], "merge": ["log-sum-exp merge"], "mask": ["row mask"], "reference": ["reference"]}
+"""How the log's word for it begins."""
 GPU_IS_GONE = 3
 """The exit status after an error that took the GPU from this process."""
 LONGEST = 500

@@ -118,8 +118,8 @@ def with_values_to(case, model, name, most):
 @pytest.mark.parametrize("way", ["merge", "mask", "reference"])
 @pytest.mark.parametrize("name", TEXT_VALUES)
 def test_large_values_in_fp16(pack, monkeypatch, name, way):
-    """Scale times a value is beyond fp16, what becomes of it is not; models that cut off what is infinite would hide it.
-    What is really beyond fp16 is an error."""
+    """Scale times a value is beyond fp16, what becomes of it is not; models that cut off what is infinite would hide
+    it. What is really beyond fp16 is an error."""
     case = CASES[name]
     model = with_values_to(case, case.load(), name, 8000.0)
     positive, negative = case.prompt(), case.negative()

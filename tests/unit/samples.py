@@ -1,5 +1,7 @@
 """What the tests of attention share: inputs, tolerances, the error measure, the ways to compute a call."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,24 @@ def rows_of(layout, groups):
 
 def black_box(q, k, v, mask):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def on_device(run):
+    """``run`` with its tensors on ``DEVICE``, and its result on the CPU; what is added to a mass comes back."""
+
+    @functools.wraps(run)
+    def there(*given, **named):
+        if DEVICE.type == "cpu":
+            return run(*given, **named)
+        pairs = [(t, t.to(DEVICE)) for t in (*given, *named.values()) if isinstance(t, torch.Tensor)]
+        moved = {id(before): after for before, after in pairs}
+        result = run(*(moved.get(id(x), x) for x in given), **{k: moved.get(id(x), x) for k, x in named.items()})
+        for before, after in pairs:
+            if before.ndim == 2 and before.is_floating_point():  # a mass
+                before.copy_(after)
+        return result.cpu()
+
+    return there
 
 
 def backend_of(way, q):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import BEFORE, DTYPES, TOLERANCE, backend_of, make, placed, relative, rows_of
+from samples import BEFORE, DTYPES, TOLERANCE, backend_of, make, on_device, placed, relative, rows_of
 
 from vsf_core import (
     VSF,
@@ -23,10 +23,12 @@ from vsf_core import (
 )
 
 
+@on_device
 def run_joint(path, q, k, v, layout, alpha, beta, padding=None, mask=None, mass=None):
     return attend_joint(VSF(), backend_of(path, q), q, k, v, layout, NegativeTerms(alpha, beta, padding), mask, mass)
 
 
+@on_device
 def run_cross(path, q, k, v, k_neg, v_neg, alpha, beta, mask=None, mass=None):
     return attend_cross(VSF(), backend_of(path, q), q, k, v, k_neg, v_neg, NegativeTerms(alpha, beta), mask, mass)
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from samples import BEFORE, DTYPES, TOLERANCE, backend_of, black_box, make, placed, relative, rows_of
+from samples import BEFORE, DTYPES, TOLERANCE, backend_of, black_box, make, on_device, placed, relative, rows_of
 
 from vsf_core import NAG, NASA, AttentionBackend, NegativeTerms, TokenLayout, attend_cross, attend_joint, lse_attention
 
@@ -62,9 +62,10 @@ def oracle(q, k, v, layout, guide, phi, presence=1.0, padding=None):
 
 def terms(phi, presence=None, padding=None):
     """``presence``: which share of the steering an image token takes, 1 unless said."""
-    return NegativeTerms(phi, -torch.log(torch.ones(1, 1, 1) if presence is None else presence), padding)
+    return NegativeTerms(phi, -torch.log(torch.ones_like(phi[:1]) if presence is None else presence), padding)
 
 
+@on_device
 def run(path, q, k, v, layout, guide, phi, presence=None, padding=None, mask=None):
     return attend_joint(guide, backend_of(path, q), q, k, v, layout, terms(phi, presence, padding), mask)
 

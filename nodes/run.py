@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 SCALES_KEY = "vsf_scales"
 """In ``transformer_options``, while VSF Scale Sweep is in the graph: a scale for each picture of the batch."""
 MOST_KEPT = 16
-"""Of how many predictions the negatives, and which tokens the model keeps, are ready on the device: context windows
+"""Of how many predictions the negatives, and the tokens that the model keeps, are ready on the device: context windows
 come again every step."""
 
 

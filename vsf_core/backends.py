@@ -187,7 +187,7 @@ def _trustworthy(attend: LSEAttention, device: torch.device, dtype: torch.dtype,
         expected = torch.matmul(logits.softmax(-1), v.double())
         lse_error = (lse.double() - logits.logsumexp(-1)).abs().max()
         return bool(lse_error < tolerance and (z.double() - expected).abs().max() < tolerance)
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         raise
     except Exception:  # a kernel that is not there or does not take these inputs says so in many ways
         return False
@@ -205,7 +205,7 @@ def fused_attention(
         from .fused import FusedAttention
 
         return FusedAttention.find(device, dtype, head_dim, forced)
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # no Triton, no compiler for its launcher, a chip that it does not know ...
         log.info(f"VSF: no fused kernel for {dtype} here, other ways are used: {type(error).__name__}: {error}")

@@ -89,7 +89,7 @@ class NASA(Guidance):
 
 def _length(z: Tensor) -> Tensor:
     """L1 norm over heads and channels, in fp32 at least, [B, 1, I, 1]."""
-    dtype = torch.promote_types(z.dtype, torch.float32)
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     return torch.linalg.vector_norm(z, 1, dim=(1, 3), keepdim=True, dtype=dtype).clamp_min(1e-6)
 
 

@@ -12,6 +12,8 @@ from hosting.interpreter import triton_interpreted
 
 WORDS = {"fused": "fused kernel", "merge": "log-sum-exp merge (", "mask": "row mask (", "reference": "reference"}
 FORCE = "VSF_ATTENTION"
+SLOW = {"flux.2 dev", "flux.2 klein", "anima", "cosmos", "sd1"}
+"""In the interpreter; others like them are tried."""
 NAG = {"method": "nag", "nag_scale": 3.0, "nag_alpha": 0.5, "nag_tau": 1.2}
 
 
@@ -28,9 +30,11 @@ def force(pack, monkeypatch, caplog):
     return put
 
 
-@pytest.mark.parametrize("name", [name for name in DISTINCT if name not in ("flux.2 dev", "anima")])
-def test_the_fused_kernel(pack, force, name):
-    """One step at an odd size. The two models left out are slow in the interpreter, and have siblings here."""
+@pytest.mark.parametrize("name", DISTINCT)
+def test_the_fused_kernel(pack, force, name, request):
+    """One step at an odd size."""
+    if name in SLOW and not request.config.getoption("--long"):
+        pytest.skip("slow in the interpreter; --long runs it")
     case, model, said = CASES[name], model_of(name), force("fused")
     assert_close(*both(pack, case, model, size=case.sizes[1], steps=1))
     assert said() == WORDS["fused"]

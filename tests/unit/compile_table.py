@@ -1,4 +1,5 @@
-"""Compiles the fused kernel's table for the architectures that are named, without such a chip: prints [architecture,
+"""Compiles the fused kernel's table for the architectures that are named, without such a chip (--all: for narrow heads
+and few queries, too): prints [architecture,
 tiles, KiB of shared memory, bytes of registers spilled] of every launch, for VSF and for NAG and NASA, as JSON. In a
 process of its own: the tests' Triton interprets."""
 
@@ -59,6 +60,7 @@ if __name__ == "__main__":
         for dim, sizes in dims.items()
         for tiles in sizes.values()
         for two in (False, True)
+        if "--all" in sys.argv or (dim, tiles) == (128, sizes[fused.ALWAYS])
     ]
     print(
         json.dumps([(f"{chip[0]}{chip[1]}", *compile_for(chip, dim, tiles, two)) for chip, dim, tiles, two in launches])

@@ -37,7 +37,7 @@ from hosting.server import ComfyServer, check_port
 PYTEST = ("-m", "pytest", "-p", "hosting.pytest_root")
 PARALLEL = ("-n", "auto", "--maxprocesses", "4", "--dist", "loadfile", "--no-loadscope-reorder")
 """More than certain tests: in a process a core, whole files each, those with servers (bench, browser, dev) first."""
-SMOKE_VERSIONS = ("0.16.3", "0.24.1")
+SMOKE_VERSIONS = ("0.16.3",)
 """The oldest and a middle ComfyUI: on these, the usual test command runs what is marked smoke."""
 PER_VERSION = "tests/host"
 """The tests that another ComfyUI can change."""

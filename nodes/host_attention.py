@@ -97,7 +97,9 @@ class Backend:
     attend: LSEAttention | None
     """None: the call itself, with a mask of one row."""
     ignores_mask: str | None = None
-    """The name of an attention that ignores masks, so that PyTorch's runs in its place."""
+    """The name of an attention that ignores masks, so that PyTorch's runs in its place where there is one."""
+    replaced: bool = False
+    """Whether PyTorch's runs in its place everywhere."""
     fused: "FusedAttention | None" = None
     forced: str | None = None
     """What ``FORCE`` says."""
@@ -120,13 +122,15 @@ def choose_backend(options: Mapping[str, Any], device: torch.device, dtype: torc
     forced = environ.get(FORCE) or None
     if forced not in (None, *WAYS):
         raise ValueError(f"VSF: {FORCE} is {forced!r}, and may be {', '.join(WAYS)}, or not set at all.")
-    host = _trial(options, TRIALS[0], device, dtype, head_dim)
+    trials = [_trial(options, tokens, device, dtype, head_dim) for tokens in TRIALS]
+    host = trials[0]
+    deaf = None if host.library == "torch" or all(map(_applies_masks, trials)) else host.name
     if forced is not None:
-        return _forced_backend(forced, host, device, dtype, head_dim)
+        return _forced_backend(forced, host, deaf, device, dtype, head_dim)
     fused = fused_attention(device, dtype, head_dim) if host.library == "torch" else None
-    attend = host.library and lse_attention(device, dtype, head_dim, host.library)
-    if attend or all(_applies_masks(_trial(options, tokens, device, dtype, head_dim)) for tokens in TRIALS):
-        return Backend(host.library, attend or None, fused=fused)
+    attend = lse_attention(device, dtype, head_dim, host.library) if host.library else None
+    if attend or deaf is None:
+        return Backend(host.library, attend, deaf, fused=fused)
     attend = lse_attention(device, dtype, head_dim)
     if attend is None:
         raise RuntimeError(
@@ -134,11 +138,11 @@ def choose_backend(options: Mapping[str, Any], device: torch.device, dtype: torc
             f"{device.type} in {dtype}. Use another attention: remove the node that sets this one, or start ComfyUI "
             "with --use-pytorch-cross-attention."
         )
-    return Backend(host.library, attend, ignores_mask=host.name)
+    return Backend(host.library, attend, deaf, replaced=True)
 
 
 def _forced_backend(
-    forced: str, host: HostAttention, device: torch.device, dtype: torch.dtype, head_dim: int
+    forced: str, host: HostAttention, deaf: str | None, device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> Backend:
     """As asked for, whatever the attention in use. Raises ``RuntimeError`` if it can't be."""
     fused = fused_attention(device, dtype, head_dim, forced=True) if forced == "fused" else None
@@ -149,7 +153,7 @@ def _forced_backend(
             f"VSF: {FORCE}={forced} {why}, which {device.type} in {dtype} with heads of {head_dim} has not. Set it to "
             f"another of {', '.join(WAYS)}, or not at all."
         )
-    return Backend(host.library, attend, fused=fused, forced=forced)
+    return Backend(host.library, attend, deaf, fused=fused, forced=forced)
 
 
 def _trial(

@@ -244,9 +244,9 @@ class Run:
         if key not in self.backends:
             head_dim = self.family.head_dim(unwrapped(model.diffusion_model))
             chosen = choose_backend(options, device, model.get_dtype_inference(), head_dim)
-            warned = any(backend.ignores_mask is not None for backend in self.backends.values())
+            warned = any(backend.replaced for backend in self.backends.values())
             self.backends[key] = chosen
-            if chosen.ignores_mask is not None and not warned:  # some nodes make an override for every call
+            if chosen.replaced and not warned:  # some nodes make an override for every call
                 log.warning(
                     f"VSF: the attention in use ({chosen.ignores_mask}) ignores masks and returns no log-sum-exp, so "
                     "VSF would not be exact on it. Where the image attends to text, PyTorch's runs instead."

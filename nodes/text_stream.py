@@ -108,7 +108,7 @@ class TextStream:
         """N's first token in ``text``, which ``patches`` made of ``held``, and whether P still follows it as it did."""
         if held.shape[0] != text.shape[0] or held.shape[2] != text.shape[2]:
             raise lost("gives parts of the picture texts of their own", patches)
-        if held.dtype == torch.float16 and _is_broken(held):
+        if held.dtype == torch.float16 and text.shape[1] >= held.shape[1] and _is_broken(held):
             return self.start, True  # that is no patch's doing, and ends in an error of its own
         n = slice(self.start, self.start + self.negative)
         before, after = _occurrences(held[:, n], held), _occurrences(held[:, n], text)

@@ -152,12 +152,10 @@ class FusedAttention:
         """What ``_launch`` returns for a joint call."""
         layout, n = call.layout, call.layout.span("N")
         mask = None if call.mask is None else unit_stride(call.mask)[0]
-        image = layout.length - layout.image
-        places = Places(layout.before, n.stop, image, image, layout.keys)
         mask_neg = None if mask is None else mask[..., n]
         tensors = call.q, call.k, call.v, call.k[:, :, n], call.v[:, :, n]
         scale, share = call.backend.softmax_scale, call.attention_mass is not None
-        return self._run(*tensors, call.negative, mask, mask_neg, places, scale, two, share)
+        return self._run(*tensors, call.negative, mask, mask_neg, self._places(layout), scale, two, share)
 
     def cross(
         self,
@@ -177,8 +175,18 @@ class FusedAttention:
         mask = None if mask is None else unit_stride(mask)[0]
         return self._run(q, k, v, k_neg, v_neg, negative, mask, None, places, softmax_scale, two, share)
 
-    def _run(
+    @staticmethod
+    def _places(layout: TokenLayout) -> Places:
+        image = layout.length - layout.image
+        return Places(layout.before, layout.before + layout.negative, image, image, layout.keys)
+
+    def _run(self, q: Tensor, *given: Any) -> list[Tensor]:
+        """``_launch``, cut up as the table says."""
+        return self._launch(next(tile for most, tile in self.tiles.items() if q.shape[2] <= most), q, *given)
+
+    def _launch(
         self,
+        tile: Tiles,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -192,27 +200,70 @@ class FusedAttention:
         two: bool,
         share: bool,
     ) -> list[Tensor]:
-        tile = next(tile for most, tile in self.tiles.items() if q.shape[2] <= most)
         tile = halved(tile) if two else tile
         q, k, v, k_neg, v_neg = unit_stride(q, k, v, k_neg, v_neg)
         alpha, beta, padding = negative.alpha, negative.beta, negative.padding
+        padding = None if padding is None else padding.contiguous()
+        _check_shapes(q, k, v, k_neg, v_neg, alpha, beta, padding, mask, places)
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
         launch = _op if torch.compiler.is_compiling() else _launch
         cut = list(places), list(tile)
         return launch(q, k, v, k_neg, v_neg, alpha, beta, padding, mask, mask_neg, *cut, scale, two, share)
 
     def _check(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
-        """A few kilobytes against the definition."""
-        layout, generator = TokenLayout(70, 21, 5), torch.Generator().manual_seed(0)
-        shape = 2, layout.length, 3, head_dim
+        """Every launch that there may be, with all that it may take, against the definition: a few kilobytes."""
+        layout, generator = TokenLayout(70, 21, 35, 3), torch.Generator().manual_seed(0)
+        shape, i = (2, layout.length, 3, head_dim), layout.span("I")
         q, k, v = (torch.randn(shape, generator=generator).to(device, dtype).transpose(1, 2) for _ in range(3))
         alpha, beta = (torch.full((1, 1, 1), number, device=device) for number in (2.0, 0.2))
-        text, places = (k[:, :, :5], v[:, :, :5]), Places(0, 5, 26, 26, 96)
-        z = self._run(q, k, v, *text, NegativeTerms(alpha, beta), None, None, places, None, False, False)[0]
-        exact = joint_attention_reference(q.double(), k.double(), v.double(), layout, alpha.double(), beta.double())
-        error = (z.double() - exact).abs().max().item()
-        if not error < 0.03:
-            raise RuntimeError(f"the fused kernel is off by {error:.2g}")
+        padding = torch.arange(layout.negative, device=device)[None] > 32
+        mask = torch.zeros(1, 1, 1, layout.keys, device=device, dtype=dtype)
+        negative, n = NegativeTerms(alpha, beta, padding), layout.span("N")
+        places, tensors = self._places(layout), (q, k, v, k[:, :, n], v[:, :, n])
+        doubles = q.double(), k.double(), v.double(), layout, alpha.double(), beta.double()
+        exact = joint_attention_reference(*doubles, padding)[:, :, i]
+        plain = joint_attention_reference(*doubles[:5], torch.full_like(doubles[5], torch.inf), padding)[:, :, i]
+        for tile in dict.fromkeys(self.tiles.values()):
+            for two in (False, True):
+                z, *_ = self._launch(tile, *tensors, negative, mask, mask[..., n], places, None, two, not two)
+                error = (z[:, :, i].double() - (plain if two else exact)).abs().max().item()
+                if not error < 0.03:
+                    raise RuntimeError(f"the fused kernel is off by {error:.2g} in {tile}")
+
+
+def _check_shapes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_neg: Tensor,
+    v_neg: Tensor,
+    alpha: Tensor,
+    beta: Tensor | None,
+    padding: Tensor | None,
+    mask: Tensor | None,
+    places: Places,
+) -> None:
+    """Raises ``ValueError``: a kernel would read beyond what is there."""
+    (batch, heads, rows, dim), n = q.shape, k_neg.shape[2]
+    images = rows - places.image
+    expected = {
+        "k": (k, [batch], [heads], [places.keys], [dim]),
+        "v": (v, [batch], [heads], [places.keys], [dim]),
+        "N's k": (k_neg, [batch], [heads], [n], [dim]),
+        "N's v": (v_neg, [batch], [heads], [n], [dim]),
+        "alpha": (alpha, [1, batch], [1, n], [1]),
+        "beta": (beta, [1, batch], [1, images], [1, n]),
+        "padding": (padding, [1, batch], [n]),
+        "mask": (mask, [1, batch], [1], [1], [places.keys]),
+    }
+    for name, (tensor, *sizes) in expected.items():
+        if tensor is None:
+            continue
+        fits = tensor.ndim == len(sizes) and all(x in size for x, size in zip(tensor.shape, sizes, strict=True))
+        if not fits or (len(sizes) == 4 and name != "mask" and tensor.dtype != q.dtype):
+            raise ValueError(
+                f"{name} {list(tensor.shape)} in {tensor.dtype} does not fit q {list(q.shape)} in {q.dtype}"
+            )
 
 
 def halved(tile: Tiles) -> Tiles:

@@ -141,7 +141,8 @@ def attention_kernel(
     if Beta is not None:
         sees = is_negative | is_image
     norm_n, n = tl.zeros([QUERIES], tl.float32), tl.arange(0, NEGATIVES)
-    for at in range(0, tl.where(sees, negative, 0), NEGATIVES):
+    # seldom more than one round: no stages, which would each hold a tile of beta in shared memory
+    for at in tl.range(0, tl.where(sees, negative, 0), NEGATIVES, num_stages=1):
         key = at + n
         there = key < negative
         loaded = there[:, None] & (d < D)[None, :]

@@ -92,7 +92,7 @@ def test_each_device_has_a_backend_of_its_own(pack, models, monkeypatch):
 
     def choose(options, device, dtype, head_dim):
         asked.append(device.type)
-        return types.SimpleNamespace(ignores_mask=None)
+        return types.SimpleNamespace(replaced=False)
 
     monkeypatch.setattr(run, "choose_backend", choose)
     patch = pack.patch(models["sd3"]).get_all_wrappers(WrappersMP.APPLY_MODEL)[0].__self__

@@ -1,7 +1,7 @@
-"""Compiles the fused kernel's table for the architectures that are named, without such a chip (--all: for narrow heads
-and few queries, too): prints [architecture,
-tiles, KiB of shared memory, bytes of registers spilled] of every launch, for VSF and for NAG and NASA, as JSON. In a
-process of its own: the tests' Triton interprets."""
+"""Compiles the fused kernel's table for the architectures that are named, without such a chip, with all that a launch
+may take (--all: for narrow heads and few queries, too). Prints [architecture, tiles, KiB of shared memory, bytes of
+registers spilled] of every launch, for VSF and for NAG and NASA, as JSON. In a process of its own: the tests' Triton
+interprets."""
 
 import inspect
 import json
@@ -26,10 +26,11 @@ from vsf_core.fused_kernel import attention_kernel
 def compile_for(chip, dim, tiles, two):
     """Tiles, shared memory in KiB, and bytes of registers spilled, of a launch as it is compiled for a chip."""
     tiles = fused.halved(tiles) if two else tiles
-    constants = {"D": dim, "DIM": dim, "QUERIES": tiles[0], "KEYS": tiles[1], "NEGATIVES": 16, "OPERAND": tl.bfloat16}
-    none = {"Mask", "MaskN", "Padding", "Share", *(() if two else ("OutN",))}
+    constants = {"D": dim, "DIM": dim, "QUERIES": tiles[0], "KEYS": tiles[1], "NEGATIVES": 64, "OPERAND": tl.bfloat16}
+    none = {"Share"} if two else {"OutN"}
     types = {name: "i32" for name in inspect.signature(attention_kernel.fn).parameters} | {"scale": "fp32"}
     types |= dict.fromkeys(("Q", "K", "V", "KN", "VN", "Out", "OutN"), "*bf16") | {"Alpha": "*fp32", "Beta": "*fp32"}
+    types |= {"Mask": "*bf16", "MaskN": "*bf16", "Padding": "*i1", "Share": "*fp32"}
     types |= dict.fromkeys((*constants, *none), "constexpr")
     aligned = {"Q", "K", "V", "KN", "VN", "Out", "OutN"}
     at = [(i,) for i, name in enumerate(types) if name in aligned - none or re.fullmatch(r"\w+_(h|row|b)", name)]

@@ -84,6 +84,7 @@ def _launch(
     """
     (batch, heads, rows, dim), negative = q.shape, k_neg.shape[2]
     at, tile = Places(*places), Tiles(*tiles)
+    _check_shapes(q, k, v, k_neg, v_neg, alpha, beta, padding, mask, at)  # here: in a graph, sizes are no numbers yet
     out = q.new_empty(batch, rows, heads, dim).transpose(1, 2)
     out_neg = q.new_empty(batch, rows - at.image, heads, dim).transpose(1, 2) if two else None
     shares = q.new_empty(batch, heads, rows - at.image, dtype=torch.float32) if share else None
@@ -204,7 +205,6 @@ class FusedAttention:
         q, k, v, k_neg, v_neg = unit_stride(q, k, v, k_neg, v_neg)
         alpha, beta, padding = negative.alpha, negative.beta, negative.padding
         padding = None if padding is None else padding.contiguous()
-        _check_shapes(q, k, v, k_neg, v_neg, alpha, beta, padding, mask, places)
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
         launch = _op if torch.compiler.is_compiling() else _launch
         cut = list(places), list(tile)

@@ -13,6 +13,7 @@ import torch
 from cases import CASES
 from comfy.patcher_extension import WrappersMP
 from helpers import assert_close, with_override
+from oracle import oracle_model
 
 FAMILIES = ("sd3", "flux", "wan")
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -151,6 +152,41 @@ def test_sage_attention_chosen_at_start(pack, models, monkeypatch, caplog, retur
     else:  # ComfyUI before 0.27 hands Sage masks that it ignores
         assert "log-sum-exp merge (cpu_flash)" in line
         assert any("ignores masks" in other for other in log_lines(caplog))
+
+
+@pytest.mark.parametrize("force", [None, "mask"])
+def test_sage_that_drops_a_mask_which_the_model_needs(pack, monkeypatch, caplog, force):
+    """It returns a log-sum-exp, which a text with padding cannot use: before 0.27, ComfyUI's call ignores the mask."""
+
+    def sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, return_lse=False):
+        z, lse = plain_attention(q, k, v, sm_scale)
+        return (z, lse) if return_lse else z
+
+    def attention_sage(*args, mask=None, **kw):
+        return comfy_attention.attention_pytorch(*args, mask=None, **kw)
+
+    case = CASES["qwen-image, padding"]
+    model = case.load()
+    monkeypatch.setitem(sys.modules, "sageattention", types.SimpleNamespace(sageattn=sageattn))
+    monkeypatch.setattr(comfy_attention, "optimized_attention", attention_sage)
+    module = sys.modules[type(model.model.diffusion_model).__module__]
+
+    def asked(*args, **kw):  # as ComfyUI's functions do
+        override = kw["transformer_options"]["optimized_attention_override"]
+        return override(attention_sage, *args, **kw)
+
+    backends = sys.modules[f"{pack.module.__name__}.vsf_core.backends"]
+    backends.lse_attention.cache_clear()
+    if force:
+        monkeypatch.setenv("VSF_ATTENTION", force)
+    positive, negative = case.prompt(), case.negative()
+    expects = [case.expect(model, positive, negative, 3.3, 0.2)]
+    expected = case.run(oracle_model(model, expects)[0], positive)
+    monkeypatch.setattr(module, "optimized_attention_masked", asked)
+    result = case.run(pack.patch(model, scale=3.3), pack.negative(positive, negative=negative))
+    backends.lse_attention.cache_clear()
+    assert_close(result, expected)
+    assert "row mask (PyTorch)" in next(line for line in log_lines(caplog) if "attention:" in line)
 
 
 SCRIPT = """

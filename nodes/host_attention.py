@@ -122,9 +122,11 @@ def choose_backend(options: Mapping[str, Any], device: torch.device, dtype: torc
     forced = environ.get(FORCE) or None
     if forced not in (None, *WAYS):
         raise ValueError(f"VSF: {FORCE} is {forced!r}, and may be {', '.join(WAYS)}, or not set at all.")
-    trials = [_trial(options, tokens, device, dtype, head_dim) for tokens in TRIALS]
-    host = trials[0]
-    deaf = None if host.library == "torch" or all(map(_applies_masks, trials)) else host.name
+    host = _trial(options, TRIALS[0], device, dtype, head_dim)
+    deaf = None
+    if host.library != "torch":
+        trials = (_trial(options, tokens, device, dtype, head_dim) for tokens in TRIALS)
+        deaf = None if all(map(_applies_masks, trials)) else host.name
     if forced is not None:
         return _forced_backend(forced, host, deaf, device, dtype, head_dim)
     fused = fused_attention(device, dtype, head_dim) if host.library == "torch" else None

@@ -140,17 +140,21 @@ def row_chunks(z: Tensor, negative: int) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
+def without_positive(layout: TokenLayout, padding: Tensor | None, like: Tensor) -> Tensor:
+    """The mask of a pass with N in P's place, [B or 1, 1, 1, keys]: it hides P, and N's ``padding``."""
+    hidden = zero_mask(1 if padding is None else padding.shape[0], 1, 1, layout.keys, like=like)
+    for p in layout.spans("P"):
+        hidden[..., p] = -torch.inf
+    if padding is not None:
+        hidden[:, 0, 0, layout.span("N")] = padding_mask(padding, like.dtype)
+    return hidden
+
+
 def attend_from_negative(call: JointCall) -> Tensor:
     """N's own rows, [B, H, N, D]: attention to the image and to N, as in a pass of its own. One small call."""
     layout, padding = call.layout, call.negative.padding
-    hidden = None
-    if layout.positive or padding is not None:
-        batch, keys = 1 if padding is None else padding.shape[0], layout.keys
-        hidden = zero_mask(batch, 1, 1, keys, like=call.q)
-        for p in layout.spans("P"):
-            hidden[..., p] = -torch.inf
-        if padding is not None:
-            hidden[:, 0, 0, layout.span("N")] = padding_mask(padding, call.q.dtype)
+    hides = layout.positive or padding is not None
+    hidden = without_positive(layout, padding, call.q) if hides else None
     q = call.q[:, :, layout.span("N")]
     return F.scaled_dot_product_attention(q, call.k, call.v, attn_mask=hidden, scale=call.backend.softmax_scale)
 

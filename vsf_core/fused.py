@@ -16,6 +16,9 @@ from .fused_kernel import attention_kernel
 from .layout import TokenLayout
 from .reference import joint_attention_reference
 
+Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""q, k, v, and k and v of N: [B, H, L, D]."""
+
 
 class Tiles(NamedTuple):
     """How a launch is cut up: queries and keys a tile, warps, and stages of the pipeline that loads keys."""
@@ -151,64 +154,53 @@ class FusedAttention:
 
     def joint(self, call: JointCall, two: bool = False) -> list[Tensor]:
         """What ``_launch`` returns for a joint call."""
-        layout, n = call.layout, call.layout.span("N")
+        n = call.layout.span("N")
         mask = None if call.mask is None else unit_stride(call.mask)[0]
-        mask_neg = None if mask is None else mask[..., n]
+        masks = mask, None if mask is None else mask[..., n]
         tensors = call.q, call.k, call.v, call.k[:, :, n], call.v[:, :, n]
         scale, share = call.backend.softmax_scale, call.attention_mass is not None
-        return self._run(*tensors, call.negative, mask, mask_neg, self._places(layout), scale, two, share)
+        return self._run(tensors, call.negative, masks, self._places(call.layout), scale, two, share)
 
     def cross(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_neg: Tensor,
-        v_neg: Tensor,
+        tensors: Five,
         negative: NegativeTerms,
         mask: Tensor | None,
         softmax_scale: float | None,
         two: bool,
         share: bool,
     ) -> list[Tensor]:
-        """What ``_launch`` returns for a cross-attention."""
-        places = Places(0, 0, 0, k.shape[2], k.shape[2])
-        mask = None if mask is None else unit_stride(mask)[0]
-        return self._run(q, k, v, k_neg, v_neg, negative, mask, None, places, softmax_scale, two, share)
+        """What ``_launch`` returns for a cross-attention; tensors: q, k, v and N's k and v."""
+        keys = tensors[1].shape[2]
+        masks = None if mask is None else unit_stride(mask)[0], None
+        return self._run(tensors, negative, masks, Places(0, 0, 0, keys, keys), softmax_scale, two, share)
 
     @staticmethod
     def _places(layout: TokenLayout) -> Places:
         image = layout.length - layout.image
         return Places(layout.before, layout.before + layout.negative, image, image, layout.keys)
 
-    def _run(self, q: Tensor, *given: Any) -> list[Tensor]:
-        """``_launch``, cut up as the table says."""
-        return self._launch(next(tile for most, tile in self.tiles.items() if q.shape[2] <= most), q, *given)
-
-    def _launch(
+    def _run(
         self,
-        tile: Tiles,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_neg: Tensor,
-        v_neg: Tensor,
+        tensors: Five,
         negative: NegativeTerms,
-        mask: Tensor | None,
-        mask_neg: Tensor | None,
+        masks: tuple[Tensor | None, Tensor | None],
         places: Places,
         softmax_scale: float | None,
         two: bool,
         share: bool,
+        tile: Tiles | None = None,
     ) -> list[Tensor]:
-        tile = halved(tile) if two else tile
-        q, k, v, k_neg, v_neg = unit_stride(q, k, v, k_neg, v_neg)
+        """``_launch`` of q, k, v and N's k and v, cut up as the table says where no ``tile`` is given. masks: over the
+        keys, and over N's."""
+        q, k, v, k_neg, v_neg = unit_stride(*tensors)
+        tile = tile or next(tile for most, tile in self.tiles.items() if q.shape[2] <= most)
         alpha, beta, padding = negative.alpha, negative.beta, negative.padding
         padding = None if padding is None else padding.contiguous()
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
         launch = _op if torch.compiler.is_compiling() else _launch
-        cut = list(places), list(tile)
-        return launch(q, k, v, k_neg, v_neg, alpha, beta, padding, mask, mask_neg, *cut, scale, two, share)
+        cut = list(places), list(halved(tile) if two else tile)
+        return launch(q, k, v, k_neg, v_neg, alpha, beta, padding, *masks, *cut, scale, two, share)
 
     def _check(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
         """Every launch that there may be, with all that it may take, against the definition: a few kilobytes."""
@@ -219,13 +211,14 @@ class FusedAttention:
         padding = torch.arange(layout.negative, device=device)[None] > 32
         mask = torch.zeros(1, 1, 1, layout.keys, device=device, dtype=dtype)
         negative, n = NegativeTerms(alpha, beta, padding), layout.span("N")
-        places, tensors = self._places(layout), (q, k, v, k[:, :, n], v[:, :, n])
+        tensors, masks = (q, k, v, k[:, :, n], v[:, :, n]), (mask, mask[..., n])
+        places = self._places(layout)
         doubles = q.double(), k.double(), v.double(), layout, alpha.double(), beta.double()
         exact = joint_attention_reference(*doubles, padding)[:, :, i]
         plain = joint_attention_reference(*doubles[:5], torch.full_like(doubles[5], torch.inf), padding)[:, :, i]
         for tile in dict.fromkeys(self.tiles.values()):
             for two in (False, True):
-                z, *_ = self._launch(tile, *tensors, negative, mask, mask[..., n], places, None, two, not two)
+                z, *_ = self._run(tensors, negative, masks, places, None, two, not two, tile)
                 error = (z[:, :, i].double() - (plain if two else exact)).abs().max().item()
                 if not error < 0.03:
                     raise RuntimeError(f"the fused kernel is off by {error:.2g} in {tile}")
@@ -244,26 +237,24 @@ def _check_shapes(
     places: Places,
 ) -> None:
     """Raises ``ValueError``: a kernel would read beyond what is there."""
-    (batch, heads, rows, dim), n = q.shape, k_neg.shape[2]
-    images = rows - places.image
-    expected = {
-        "k": (k, [batch], [heads], [places.keys], [dim]),
-        "v": (v, [batch], [heads], [places.keys], [dim]),
-        "N's k": (k_neg, [batch], [heads], [n], [dim]),
-        "N's v": (v_neg, [batch], [heads], [n], [dim]),
+    (batch, heads, rows, dim), n, keys = q.shape, k_neg.shape[2], places.keys
+    lengths = {"k": (k, keys), "v": (v, keys), "N's k": (k_neg, n), "N's v": (v_neg, n)}
+    terms = {
         "alpha": (alpha, [1, batch], [1, n], [1]),
-        "beta": (beta, [1, batch], [1, images], [1, n]),
+        "beta": (beta, [1, batch], [1, rows - places.image], [1, n]),
         "padding": (padding, [1, batch], [n]),
-        "mask": (mask, [1, batch], [1], [1], [places.keys]),
+        "mask": (mask, [1, batch], [1], [1], [keys]),
     }
-    for name, (tensor, *sizes) in expected.items():
-        if tensor is None:
-            continue
-        fits = tensor.ndim == len(sizes) and all(x in size for x, size in zip(tensor.shape, sizes, strict=True))
-        if not fits or (len(sizes) == 4 and name != "mask" and tensor.dtype != q.dtype):
-            raise ValueError(
-                f"{name} {list(tensor.shape)} in {tensor.dtype} does not fit q {list(q.shape)} in {q.dtype}"
-            )
+    misfits = {
+        name: t for name, (t, length) in lengths.items() if t.shape != (batch, heads, length, dim) or t.dtype != q.dtype
+    }
+    for name, (t, *sizes) in terms.items():
+        if t is not None and not (
+            t.ndim == len(sizes) and all(x in fits for x, fits in zip(t.shape, sizes, strict=True))
+        ):
+            misfits[name] = t
+    for name, t in misfits.items():
+        raise ValueError(f"{name} {list(t.shape)} in {t.dtype} does not fit q {list(q.shape)} in {q.dtype}")
 
 
 def halved(tile: Tiles) -> Tiles:

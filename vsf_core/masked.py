@@ -124,4 +124,8 @@ def cross_attention_masked(
     keys, values = torch.cat((k_neg, k), dim=2), torch.cat((v_neg, v), dim=2)
     given = q.new_zeros(1, 1, 1, keys.shape[2]) if mask is None else F.pad(mask.to(q.dtype), (n.stop, 0))
     masks = RowMasks(attend, q, keys, n, given)
+    if beta.shape[1] == 1 and attention_mass is None:  # one row for all: the result is the attention's own
+        values, factor = masks.flipped(values, alpha)
+        z = attend(q, keys, values, masks.seen(image, -beta[:, None].to(q.dtype)))
+        return z if factor is None else z * factor
     return masks.attend_flipped_(torch.empty_like(q), image, values, alpha, beta, 0.0, attention_mass)

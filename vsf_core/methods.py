@@ -111,12 +111,8 @@ def attend_joint(
     steer = method if isinstance(method, Guidance) and negative.beta is not None else None
     way = backend.way(mask)
     if way == "fused" and backend.fused is not None:
-        z, *others = backend.fused.joint(call, steer is not None)
-        if attention_mass is not None:
-            attention_mass += others[0].mean(dim=1)
-        if steer is not None:
-            steer_(z[:, :, layout.span("I")], others[0], steer, negative)
-        return z
+        made = backend.fused.joint(call, steer is not None)
+        return _completed(made, layout.span("I"), steer, negative, attention_mass)
     if way == "merge":
         return joint_attention(call) if steer is None else joint_attention_guided(call, steer)
     return joint_attention_masked(call, steer) if way == "mask" else joint_attention_exact(call, steer)
@@ -139,19 +135,17 @@ def attend_cross(
     beta = negative.beta
     if beta is None:
         return backend.black_box(q, k, v, mask)
-    guided, way, text = isinstance(method, Guidance), backend.way(mask), (k_neg, v_neg)
-    if guided and negative.padding is not None:
+    steer, way, text = method if isinstance(method, Guidance) else None, backend.way(mask), (k_neg, v_neg)
+    if steer is not None and negative.padding is not None:
         negative = replace(negative, padding=unless_all(negative.padding))
     if way == "fused" and backend.fused is not None:
-        share = attention_mass is not None
-        z, *others = backend.fused.cross(q, k, v, *text, negative, mask, backend.softmax_scale, guided, share)
-        if attention_mass is not None:
-            attention_mass += others[0].mean(dim=1)
-        return steer_(z, others[0], method, negative) if isinstance(method, Guidance) else z
-    if isinstance(method, Guidance):
+        two, share = steer is not None, attention_mass is not None
+        made = backend.fused.cross((q, k, v, *text), negative, mask, backend.softmax_scale, two, share)
+        return _completed(made, slice(None), steer, negative, attention_mass)
+    if steer is not None:
         attend = exact if way == "reference" else backend.black_box
         hidden = None if negative.padding is None else padding_mask(negative.padding[:, None, None], q.dtype)
-        return steer_(attend(q, k, v, mask), attend(q, *text, hidden), method, negative)
+        return steer_(attend(q, k, v, mask), attend(q, *text, hidden), steer, negative)
     hidden, alpha = padding_beta(negative.padding), negative.alpha
     beta = beta if hidden is None else beta + hidden
     if way == "merge":
@@ -159,6 +153,18 @@ def attend_cross(
     if way == "reference":
         return cross_attention_exact(q, k, v, *text, alpha, beta, mask, backend.softmax_scale, attention_mass)
     return cross_attention_masked(backend.black_box, q, k, v, *text, alpha, beta, mask, attention_mass)
+
+
+def _completed(
+    made: list[Tensor], image: slice, steer: Guidance | None, negative: NegativeTerms, attention_mass: Tensor | None
+) -> Tensor:
+    """Z of what the fused kernel ``made``: its rows ``image`` steered, and its shares noted."""
+    z, *others = made
+    if attention_mass is not None:
+        attention_mass += others[0].mean(dim=1)
+    if steer is not None:
+        steer_(z[:, :, image], others[0], steer, negative)
+    return z
 
 
 def way_of(method: Method, backend: AttentionBackend, mask: Tensor | None = None, cross: bool = False) -> str:

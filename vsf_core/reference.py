@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import JointCall
+from .attention import JointCall, without_positive
 from .guidance import Steer, steer_
 from .layout import TokenLayout, padding_mask
 
@@ -111,13 +111,9 @@ def joint_attention_exact(call: JointCall, steer: Steer | None = None) -> Tensor
         share = joint_attention_reference(q, k, ones, layout, flips, beta, negative.padding, given, scale)
         call.attention_mass.add_(share[:, :, i, 0].mean(dim=1))
     if steer is not None:
-        hidden = torch.zeros(1, 1, 1, layout.keys, device=q.device) if given is None else given
-        hidden = (hidden[:, :, i] if hidden.shape[2] > 1 else hidden).clone()
-        for p in layout.spans("P"):
-            hidden[..., p] = -torch.inf
-        if negative.padding is not None:
-            columns = padding_mask(negative.padding, q.dtype)[:, None, None]
-            hidden = hidden + F.pad(columns, (n.start, layout.keys - n.stop))
+        hidden = without_positive(layout, negative.padding, q)
+        if given is not None:
+            hidden = hidden + (given[:, :, i] if given.shape[2] > 1 else given)
         steer_(z[:, :, i], exact(q[:, :, i], k, v, hidden, scale), steer, negative)
     return z.to(call.q.dtype)
 

@@ -12,19 +12,17 @@ from functools import cache, cached_property, partial
 from typing import Any
 from unittest import mock
 
-import gpu_heads
 import torch
-from gpu_report import FORCED, PATHS, WORDS, NotRun, PathWords, Report, Unit, forced, require
+from gpu_report import DTYPES, FORCED, PATHS, TIMES, WORDS, NotRun, PathWords, Report, Unit, forced, require
 from sampling import ROOT, load_pack
 from torch import Tensor
 
 sys.path.insert(1, str(ROOT / "tests" / "host"))
 
+import gpu_heads  # noqa: E402
 from cases import CASES, DISTINCT, SMOKE, Case, region  # noqa: E402
 from helpers import relative  # noqa: E402
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TIMES = 3.0
 AT_LEAST = {"fp32": 2e-5, "bf16": 1.5e-2, "fp16": 2e-3}
 """An error that is always allowed: stock's own may happen to be small."""
 GUIDANCE = 4.0

@@ -7,13 +7,14 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from gpu_report import PATHS, NotRun
+from gpu_report import DTYPES, PATHS, TIMES, NotRun
+from helpers import relative
 from torch import Tensor
 
 NAME = "attention alone"
 SHAPES = {"SD3.5": (24, 64, 1024, 154), "Flux": (24, 128, 1024, 256), "Flux, large": (8, 128, 4096, 512)}
 """Heads, their dimension, image and text tokens."""
-TIMES, AT_LEAST = 3.0, {"fp32": 2e-5, "bf16": 1e-2, "fp16": 2e-3}
+AT_LEAST = {"fp32": 2e-5, "bf16": 1e-2, "fp16": 2e-3}
 
 
 class Heads:
@@ -48,7 +49,7 @@ class Heads:
         )
 
         heads, dim, image, text = SHAPES[shape]
-        kind = self.device, getattr(torch, {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[self.dtype]), dim
+        kind = self.device, DTYPES[self.dtype], dim
         layout, generator = TokenLayout(image, text, 16), torch.Generator().manual_seed(0)
         sizes = (1, layout.length, heads, dim)
         q, k, v = (torch.randn(sizes, generator=generator).to(*kind[:2]).transpose(1, 2) for _ in range(3))
@@ -74,9 +75,9 @@ class Heads:
             self.exact[shape, method] = run(AttentionBackend(_sdpa), q.double(), k.double(), v.double())
         exact = self.exact[shape, method]
         plain = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
-        own = _relative(F.scaled_dot_product_attention(q, k, v), plain)
+        own = relative(F.scaled_dot_product_attention(q, k, v), plain)
         first, second = run(backend, q, k, v), run(backend, q, k, v)
-        error, allowed = _relative(first, exact), max(TIMES * own, AT_LEAST[self.dtype])
+        error, allowed = relative(first, exact), max(TIMES * own, AT_LEAST[self.dtype])
         path = way_of(arithmetic, backend, cross=method == "cross")
         if not torch.equal(first, second):
             raise AssertionError(f"two calls differ; attention: {path}")
@@ -87,7 +88,3 @@ class Heads:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-def _relative(a: Tensor, b: Tensor) -> float:
-    return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()

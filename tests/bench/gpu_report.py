@@ -30,6 +30,11 @@ Unit = list[str]
 """A model and a precision, or a shape and a precision: what is lost together when the process dies."""
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TIMES = 3.0
+"""As many times stock's own error is allowed."""
+
+
 class NotRun(Exception):
     """Why something is left out that is no failure."""
 

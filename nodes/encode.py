@@ -1,18 +1,21 @@
 """Encode a negative prompt without its padding (the paper's Appendix C), by any text encoder that a family declares.
-How the padding is found depends on the encoder: see ``text_encoder.py``."""
+How the padding is found depends on the encoder: see ``text_encoder.py``; what of a text an encoder can read:
+``prompt_text.py``."""
 
+import logging
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from ..vsf_core import extrapolate, null_embedding
-from .checks import shown
 from .families import FAMILIES
+from .prompt_text import Reader, pieces_of, tokenized, without_embeddings
 from .text_encoder import Own, TextEncoder, Tokens
+
+log = logging.getLogger(__name__)
 
 ENCODERS = tuple({encoder.name: encoder for family in FAMILIES for encoder in family.text_encoders}.values())
 
@@ -21,15 +24,23 @@ Parts = dict[str, tuple[Tensor, Own]]
 
 
 @dataclass(frozen=True)
+class ReadText:
+    """What a CLIP's tokenizers read of a text. tokens: ComfyUI's, as they will be encoded; words: what they say to
+    people, by segment; remarks: on what they could not read, or not as it is written."""
+
+    tokens: Tokens
+    words: dict[str, list[str]]
+    remarks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class EncodedPrompt:
-    """``tokens`` [1, n, C] without padding; ``pooled`` [1, C']; ``words``: what each segment's tokens say to people;
-    ``during``: from and to which part of the sampling (0..1) it counts, None = all of it;
-    ``extra``: see ``extra_of``."""
+    """``tokens`` [1, n, C] without padding; ``pooled`` [1, C']; ``during``: from and to which part of the sampling
+    (0..1) it counts, None = all of it; ``extra``: see ``extra_of``."""
 
     tokens: Tensor
     pooled: Tensor | None
     encoder: str
-    words: dict[str, list[str]]
     during: tuple[float, float] | None
     extra: dict[str, Any]
 
@@ -40,41 +51,48 @@ class EncodedPrompt:
         return self.tokens.shape[1] - start if ids is None else len(ids)
 
 
-def encode_negative(clip: Any, text: str, extrapolation: float = 0.0) -> list[EncodedPrompt]:
+def encode_negative(clip: Any, text: str, extrapolation: float = 0.0) -> tuple[list[EncodedPrompt], ReadText]:
     """Encode ``text`` with a ComfyUI CLIP object, keep its own tokens only, apply Eq. 10 where ``extrapolation`` != 0.
 
-    The list has one result; where hooks schedule the encoder (SetClipHooks), one for each of its keyframes. Weights
-    like ``(word:1.3)`` and ``embedding:name`` work as in CLIPTextEncode. Raises ``ValueError`` for an encoder that is
-    not in ``ENCODERS``.
+    The list has one result; where hooks schedule the encoder (SetClipHooks), one for each of its keyframes; none where
+    nothing can be seen in the text. Weights like ``(word:1.3)`` and ``embedding:name`` work where the encoder has them.
+    Raises ``ValueError`` for an encoder that is not in ``ENCODERS``, and for a text of which it can read nothing.
     """
-    encoder = _encoder_of(clip)
-    tokens, empty = _tokenized(clip, text), clip.tokenize("")
-    words, sent = {}, dict(tokens)
-    for segment in encoder.segments:
-        for key, tokenizer in segment.present(clip).items():
-            words.setdefault(segment.name, segment.words(tokens[key], tokenizer, empty[key]))  # CLIP-G's are CLIP-L's
-            sent[key] = segment.sent(tokens[key], tokenizer)
-    encodings = _encodings(clip, encoder, sent, empty)
+    encoder, empty = _encoder_of(clip), clip.tokenize("")
+    read = _read(clip, encoder, text, empty)
+    if not any(read.words.values()):
+        if read.remarks:
+            raise ValueError(f"VSF: nothing is left of the text. {' '.join(read.remarks)} Say it in other words.")
+        return [], read
+    encodings = _encodings(clip, encoder, read.tokens, empty)
     nulls = _null_embeddings(clip, encoder, empty) if extrapolation else [{}] * len(encodings)
     out = []
     for (parts, options), null in zip(encodings, nulls, strict=True):
-        kept = {name: embedding[:, own.kept] for name, (embedding, own) in parts.items()}
+        kept = {name: embedding[:, own.kept] for name, (embedding, own) in parts.items() if read.words.get(name, True)}
         if extrapolation:
             kept = {name: extrapolate(part, null[name], extrapolation) for name, part in kept.items()}
         pooled, during, extra = options.get("pooled_output"), scheduled_part(options), extra_of(options)
-        out.append(EncodedPrompt(torch.cat([*kept.values()], dim=1), pooled, encoder.name, words, during, extra))
-    return out
+        out.append(EncodedPrompt(torch.cat([*kept.values()], dim=1), pooled, encoder.name, during, extra))
+    return out, read
 
 
-def _tokenized(clip: Any, text: str) -> dict:
+def _read(clip: Any, encoder: TextEncoder, text: str, empty: Tokens) -> ReadText:
     for i, letter in enumerate(text):
         if "\ud800" <= letter <= "\udfff":  # half of a pair, which every tokenizer refuses in its own way
             raise ValueError(f"VSF: character {i + 1} of the text is not valid Unicode. Please delete it.")
-    try:
-        return clip.tokenize(text)
-    except (TypeError, ValueError, RuntimeError) as error:
-        reason = "its parentheses are nested too deep" if isinstance(error, RecursionError) else shown(error)
-        raise ValueError(f"VSF: the text encoder cannot read the text: {reason}. Please change the text.") from error
+    pieces, words, remarks = pieces_of(text), {}, []
+    tokens = tokenized(clip, without_embeddings(text, pieces))  # HunyuanVideo's fails with them
+    for segment in dict.fromkeys((*encoder.segments, *encoder.shown)):
+        said = {}
+        for reader in Reader.all_of(clip, segment):
+            chunks, left_out = reader.read(text, pieces, segment, empty[reader.key])
+            said[reader.name] = segment.words(chunks, reader.tokenizer, empty[reader.key])
+            tokens[reader.key] = segment.sent(chunks, reader.tokenizer)
+            remarks += left_out
+        if segment in encoder.shown:
+            alike = len({*map(tuple, said.values())}) == 1  # CLIP-L's and CLIP-G's, but for embeddings
+            words |= {segment.name: next(iter(said.values()))} if alike else said
+    return ReadText(tokens, words, tuple(dict.fromkeys(remarks)))
 
 
 def _encoder_of(clip: Any) -> TextEncoder:
@@ -117,22 +135,13 @@ def scheduled_part(options: dict) -> tuple[float, float] | None:
     return (options["clip_start_percent"], options["clip_end_percent"]) if "clip_start_percent" in options else None
 
 
-_null_cache: WeakKeyDictionary = WeakKeyDictionary()
-
-
 def _null_embeddings(clip: Any, encoder: TextEncoder, empty: Tokens) -> list[dict[str, Tensor]]:
-    """Eq. 10's null condition for each encoding and segment. They are kept while the encoder lives and has the same
-    patches and layer; where hooks change the encoder, they are made anew."""
-    key = (clip.patcher.patches_uuid, clip.layer_idx)
-    cached = _null_cache.setdefault(clip.cond_stage_model, {})
-    if key not in cached or clip.patcher.forced_hooks is not None:
-        cached.clear()
-        padded = [parts for parts, _ in _encodings(clip, encoder, empty, empty)]
-        if any(own.content >= embedding.shape[1] for parts in padded for embedding, own in parts.values()):
-            raise ValueError(
-                "VSF: extrapolation compares with the padding of an empty prompt, which only the text encoders of "
-                f"SD3, Flux.1, Wan and UNets have as the paper means it, not that of {encoder.title}. Set "
-                "extrapolation to 0."
-            )
-        cached[key] = [{name: null_embedding(e, own.content) for name, (e, own) in parts.items()} for parts in padded]
-    return cached[key]
+    """Eq. 10's null condition for each encoding and segment."""
+    padded = [parts for parts, _ in _encodings(clip, encoder, empty, empty)]
+    if any(own.content >= embedding.shape[1] for parts in padded for embedding, own in parts.values()):
+        raise ValueError(
+            "VSF: extrapolation compares with the padding of an empty prompt, which only the text encoders of "
+            f"SD3, Flux.1, Wan and UNets have as the paper means it, not that of {encoder.title}. Set "
+            "extrapolation to 0."
+        )
+    return [{name: null_embedding(e, own.content) for name, (e, own) in parts.items()} for parts in padded]

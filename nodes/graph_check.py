@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from .checks import shown
 
@@ -42,6 +42,36 @@ def unmet_negatives(prompt: dict) -> list[str]:
 def ancestors(prompt: dict, node: str) -> set[str]:
     """Ids of the nodes of an API-format prompt that lead to ``node``, itself included."""
     return _closure([node], _edges(prompt))
+
+
+def reads_a_picture(prompt: dict, node: str, name: str) -> str | None:
+    """The class of a node on the way of conditionings to the input ``name`` of ``node`` that encodes a picture together
+    with its text, as those of edit models do; None where there is none."""
+    todo, seen = _sources(prompt, node, {name}), set()
+    while todo:
+        source, _ = todo.pop()
+        if source in seen:
+            continue
+        seen.add(source)
+        given = {_output(prompt, *other) for other in _sources(prompt, source)}
+        if "CLIP" in given and given & {"IMAGE", "CLIP_VISION_OUTPUT"}:
+            return prompt[source]["class_type"]
+        todo += [other for other in _sources(prompt, source) if _output(prompt, *other) == "CONDITIONING"]
+    return None
+
+
+def _sources(prompt: dict, node: str, names: Container[str] | None = None) -> list[tuple[str, int]]:
+    """(id, output) of what is linked to the inputs of a node, or to those of ``names``."""
+    inputs = prompt.get(node, {}).get("inputs", {}).items()
+    links = (value for name, value in inputs if names is None or name in names)
+    return [(str(v[0]), v[1]) for v in links if isinstance(v, list) and len(v) == 2 and str(v[0]) in prompt]
+
+
+def _output(prompt: dict, node: str, slot: int) -> str | None:
+    """The type of a node's output."""
+    known = getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {})
+    kinds = getattr(known.get(prompt[node].get("class_type")), "RETURN_TYPES", ())
+    return kinds[slot] if isinstance(slot, int) and slot < len(kinds) else None
 
 
 def _of_class(prompt: dict, kind: str) -> list[str]:

@@ -8,6 +8,7 @@ from comfy_api.latest import io, ui
 
 from . import checks
 from .encode import encode_negative, extra_of, scheduled_part
+from .graph_check import reads_a_picture
 from .negative import KEY, Negative, negatives_of
 
 log = logging.getLogger(__name__)
@@ -38,13 +39,14 @@ class VSFNegativeConditioning(io.ComfyNode):
                     default="",
                     optional=True,
                     tooltip="What you do not want to see, in plain words: no 'no' and no 'without'. "
-                    "(word:1.3) and embeddings work. Empty: off.",
+                    "(word:1.3) and embedding:name work where the text encoder has them; the node says what it cannot "
+                    "read. Empty: off.",
                 ),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
                     tooltip="Instead of text: a conditioning that is taken as it is, padding included unless it has "
-                    "an attention mask. Text is better: its padding is removed.",
+                    "an attention mask. Text is better: its padding is removed, and so are templates and pictures.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -85,6 +87,7 @@ class VSFNegativeConditioning(io.ComfyNode):
                     tooltip="Video models: where in the video this negative stops acting: 1 is after the last frame.",
                 ),
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
             outputs=[
                 io.Conditioning.Output(tooltip="The positive with the negative attached: connect it to the sampler.")
             ],
@@ -109,6 +112,12 @@ class VSFNegativeConditioning(io.ComfyNode):
         frames = checks.interval("from_frame", from_frame, "to_frame", to_frame)
         where = {"strength": strength, "mask": checks.mask(mask), "frames": frames}
         has_text = bool(text and text.strip())
+        if negative is not None and _says_the_same(positive, checks.conditioning("negative", negative)):
+            log.warning(
+                "VSF: negative is the positive prompt itself, perhaps through a node that connects inputs by itself "
+                f"(Use Everywhere). {'It is not used: text is.' if has_text else 'The prompt pushes itself away!'}"
+            )
+            negative = None if has_text else negative
         if has_text and negative is not None:
             raise ValueError("VSF: both text and negative are given. Clear the text, or disconnect negative.")
         if has_text:
@@ -121,21 +130,44 @@ class VSFNegativeConditioning(io.ComfyNode):
                     "VSF: extrapolation needs text and clip, since it compares with the empty prompt. Use text instead "
                     "of negative, or set extrapolation to 0."
                 )
+            if reader := cls._reads_a_picture():
+                raise ValueError(
+                    f"VSF: negative comes from {reader}, which encodes a picture with its text: the picture would be "
+                    "pushed away too. Disconnect negative and write the words into text: they are encoded alone."
+                )
             return _as_given(positive, checks.conditioning("negative", negative), where)
         return io.NodeOutput(positive, ui=ui.PreviewText("off: no negative"))
 
+    @classmethod
+    def _reads_a_picture(cls) -> str | None:
+        prompt, node = (cls.hidden.prompt, cls.hidden.unique_id) if cls.hidden else (None, None)
+        return reads_a_picture(prompt, str(node), "negative") if prompt else None
+
+
+def _says_the_same(positive: list, negative: list) -> bool:
+    """Whether two conditionings have the same embeddings."""
+    pairs = [(a[0], b[0]) for a, b in zip(positive, negative, strict=False)]
+    same = all(isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and _equal(a, b) for a, b in pairs)
+    return len(positive) == len(negative) and same
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a is b or (a.shape == b.shape and torch.equal(a, b.to(a)))
+
 
 def _from_text(positive: list, clip: Any, text: str, extrapolation: float, where: dict) -> io.NodeOutput:
-    encoded = encode_negative(clip, text, extrapolation)
-    if not any(encoded[0].words.values()):  # invisible characters, an embedding that is not there
-        log.warning("VSF: the text has no word that the text encoder knows: the negative is off.")
+    encoded, read = encode_negative(clip, text, extrapolation)
+    for remark in read.remarks:
+        log.warning(f"VSF: {remark}")
+    if not encoded:  # invisible characters
+        log.warning("VSF: the text has no word that can be seen: the negative is off.")
         return io.NodeOutput(positive, ui=ui.PreviewText("off: no word in the text"))
     made = {
         e.during: Negative(checks.embedding(e.tokens), **where, encoder=e.encoder, pooled=e.pooled, extra=e.extra)
         for e in encoded
     }
-    lines = [f"{name}: {' · '.join(words)}" for name, words in encoded[0].words.items()]
-    shown = "\n".join([f"pushes away {encoded[0].count} tokens", *lines])
+    lines = [f"{name}: {' · '.join(words)}" for name, words in read.words.items() if words]
+    shown = "\n".join([f"pushes away {encoded[0].count} tokens", *lines, *read.remarks])
     return io.NodeOutput(_attach(positive, made), ui=ui.PreviewText(shown))
 
 

@@ -1,7 +1,8 @@
 """How a family's file declares its text encoders; and the five ways to tell a negative's own tokens from the rest of
 what an encoder makes of it, each a kind of ``Segment``."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,11 +38,7 @@ class Segment:
 
     def present(self, clip: Any) -> dict[str, Any]:
         """Key -> tokenizer, of the encoders that are loaded."""
-        return {
-            key: getattr(clip.tokenizer, key, None) or getattr(clip.tokenizer, f"clip_{key}")
-            for key in self.keys
-            if any(getattr(clip.cond_stage_model, name, None) is not None for name in (key, f"clip_{key}"))
-        }
+        return {key: named(clip.tokenizer, key) for key in self.keys if named(clip.cond_stage_model, key) is not None}
 
     def own(self, clip: Any, tokens: Tokens, empty: Tokens) -> Own:
         """What the output for ``tokens`` will be. ``empty``: the tokens of a text without words."""
@@ -66,15 +63,8 @@ class Segment:
 
     def words(self, chunks: Chunks, tokenizer: Any, empty: Chunks) -> list[str]:
         """The tokens as text for people, without start, end and padding."""
-        special, words = {tokenizer.start_token, tokenizer.end_token, tokenizer.pad_token}, []
-        for token in ids_of(chunks):
-            if not isinstance(token, int):
-                words.append("[embedding]")
-            elif tokenizer.start_token is None and tokenizer.end_token is None:  # a language model's, of bytes
-                words.append(tokenizer.tokenizer.decode([token]).strip())
-            elif token not in special:
-                words.append(tokenizer.inv_vocab[token].replace("</w>", "").replace("\u2581", ""))
-        return words
+        special = (tokenizer.start_token, tokenizer.end_token, tokenizer.pad_token)
+        return _spoken([t for t in ids_of(chunks) if not isinstance(t, int) or t not in special], tokenizer)
 
 
 class CutAfterEnd(Segment):
@@ -89,6 +79,13 @@ class Trimmed(Segment):
     def sent(self, chunks: Chunks, tokenizer: Any) -> Chunks:
         *full, last = chunks
         return [*full, last[: _content(ids_of([last]), tokenizer)]]
+
+
+class Asked(Trimmed):
+    """Tokens that no encoder reads: the model itself asks its text with them, and sees one embedding for each."""
+
+    def present(self, clip: Any) -> dict[str, Any]:
+        return {key: named(clip.tokenizer, key) for key in self.keys}
 
 
 class WordsOnly(Segment):
@@ -121,8 +118,19 @@ class InTemplate(Segment):
         return embedding, own
 
     def words(self, chunks: Chunks, tokenizer: Any, empty: Chunks) -> list[str]:
-        own = (t for t in ids_of(chunks)[self._between(chunks, tokenizer, empty)] if isinstance(t, int))
-        return [piece for t in own if (piece := tokenizer.tokenizer.decode([t]).strip())]
+        return _spoken(ids_of(chunks)[self._between(chunks, tokenizer, empty)], tokenizer)
+
+    def own_tokens(self, chunks: Chunks, tokenizer: Any, empty: Chunks) -> list[tuple]:
+        """(token, weight) of the words alone."""
+        return _pairs(chunks)[self._between(chunks, tokenizer, empty)]
+
+    def joined(self, parts: Iterable[list[tuple]], frame: Chunks, tokenizer: Any, empty: Chunks) -> Chunks:
+        """``parts`` in the template, in place of the words of ``frame``, some other text's tokens: ComfyUI would tear
+        the template at an embedding. The padding at the end shrinks."""
+        pairs, between = _pairs(frame), self._between(frame, tokenizer, empty)
+        padding = len(pairs) - content_length(ids_of(frame), tokenizer.pad_token, -1)
+        out = [*pairs[: between.start], *itertools.chain(*parts), *pairs[between.stop : len(pairs) - padding]]
+        return [out + [(tokenizer.pad_token, 1.0)] * (len(pairs) - len(out))]
 
     def _between(self, chunks: Chunks, tokenizer: Any, empty: Chunks) -> slice:
         """Where the words are: between the beginning and the end that the template has without words, too."""
@@ -160,6 +168,13 @@ class TextEncoder:
     segments: tuple[Segment, ...]
     tokenizer_class: str | None = None
     """Where several models share the class, each with a template of its own."""
+    asked: Asked | None = None
+    """What the model makes of the segments' output, where it does not see that itself."""
+
+    @property
+    def shown(self) -> tuple[Segment, ...]:
+        """The segments whose tokens are those that the model sees."""
+        return self.segments if self.asked is None else (self.asked,)
 
     def is_of(self, clip: Any) -> bool:
         """Whether a ComfyUI CLIP object is this encoder, with at least one of its segments loaded."""
@@ -171,9 +186,35 @@ class TextEncoder:
         return is_it and any(segment.present(clip) for segment in self.segments)
 
 
+def named(owner: Any, key: str) -> Any:
+    """The part of a CLIP's tokenizer, or of its encoder, that ComfyUI keeps under ``key``; None where it has none."""
+    found = getattr(owner, key, None)
+    return found if found is not None else getattr(owner, f"clip_{key}", None)
+
+
 def ids_of(chunks: Chunks) -> list:
     """The tokens of all chunks, one after the other, without their weights."""
-    return [pair[0] for chunk in chunks for pair in chunk]
+    return [pair[0] for pair in _pairs(chunks)]
+
+
+def _pairs(chunks: Chunks) -> list[tuple]:
+    return [pair for chunk in chunks for pair in chunk]
+
+
+def _spoken(ids: Sequence, tokenizer: Any) -> list[str]:
+    """What tokens say: those that are a word, or a letter, only together (bytes, a word's mark) as one."""
+    words: list[str] = []
+    for is_word, group in itertools.groupby(ids, key=lambda token: isinstance(token, int)):
+        together: list[int] = []
+        for token in group:
+            together.append(token)
+            said = tokenizer.tokenizer.decode(together).strip() if is_word else "[embedding]"
+            if said and not said.endswith("\N{REPLACEMENT CHARACTER}"):
+                words.append(said)
+                together = []
+        if together and (said := tokenizer.tokenizer.decode(together).strip()):
+            words.append(said)
+    return words
 
 
 def _content(ids: list, tokenizer: Any) -> int:

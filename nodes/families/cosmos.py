@@ -12,7 +12,7 @@ import torch
 
 from ..blocks import Block
 from ..negative import Negative
-from ..text_encoder import T5, CutAfterEnd, TextEncoder
+from ..text_encoder import T5, Asked, CutAfterEnd, TextEncoder
 from .base import CrossFamily
 
 
@@ -40,7 +40,11 @@ class Anima(Cosmos):
     model_classes = frozenset({"comfy.model_base.Anima"})
     text_encoders = (
         TextEncoder(
-            "anima", "Anima (CLIPLoader with its Qwen3 0.6B)", "AnimaTEModel", (CutAfterEnd("Qwen3", ("qwen3_06b",)),)
+            "anima",
+            "Anima (CLIPLoader with its Qwen3 0.6B)",
+            "AnimaTEModel",
+            (CutAfterEnd("Qwen3", ("qwen3_06b",)),),
+            asked=Asked("T5", ("t5xxl",)),
         ),
     )
 

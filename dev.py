@@ -74,7 +74,13 @@ def get_host(version: str | None = None) -> Host:
 def test_env(host: Host) -> dict[str, str]:
     """What tests and benchmarks read: where ComfyUI, the tiny models and the browser are."""
     browser = ensure_browser(os.environ, print_progress)
-    env = {**module_env(), "VSF_COMFYUI": str(host.tree), "VSF_MODELS": str(host.models)}
+    older = HostCache(cache_folder()).transformers_4(host.python)
+    env = {
+        **module_env(),
+        "VSF_COMFYUI": str(host.tree),
+        "VSF_MODELS": str(host.models),
+        "VSF_TRANSFORMERS_4": str(older),
+    }
     return {**env, "VSF_CHROMIUM": browser} if browser else env
 
 
@@ -100,6 +106,7 @@ def setup(options: argparse.Namespace) -> int:
             print(f"dev.py: for `dev.py test`, {note}", file=sys.stderr)
     else:
         HostCache(cache_folder()).typescript(host.python)
+        HostCache(cache_folder()).transformers_4(host.python)
     if options.json:
         print(json.dumps(report))
     else:

@@ -25,9 +25,11 @@ Parts = dict[str, tuple[Tensor, Own]]
 
 @dataclass(frozen=True)
 class ReadText:
-    """What a CLIP's tokenizers read of a text. tokens: ComfyUI's, as they will be encoded; words: what they say to
-    people, by segment; remarks: on what they could not read, or not as it is written."""
+    """What a CLIP's tokenizers read of a text. padded: ComfyUI's tokens; tokens: those without the padding that would
+    change the others' embeddings; words: what they say to people, by segment; remarks: on what they could not read, or
+    not as it is written."""
 
+    padded: Tokens
     tokens: Tokens
     words: dict[str, list[str]]
     remarks: tuple[str, ...]
@@ -35,10 +37,12 @@ class ReadText:
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """``tokens`` [1, n, C] without padding; ``pooled`` [1, C']; ``during``: from and to which part of the sampling
+    """``tokens`` [1, n, C] without padding; ``padded`` [1, m, C], encoded as a prompt is, None where the model itself
+    fills a prompt up; ``pooled`` [1, C']; ``during``: from and to which part of the sampling
     (0..1) it counts, None = all of it; ``extra``: see ``extra_of``."""
 
     tokens: Tensor
+    padded: Tensor | None
     pooled: Tensor | None
     encoder: str
     during: tuple[float, float] | None
@@ -65,15 +69,43 @@ def encode_negative(clip: Any, text: str, extrapolation: float = 0.0) -> tuple[l
             raise ValueError(f"VSF: nothing is left of the text. {' '.join(read.remarks)} Say it in other words.")
         return [], read
     encodings = _encodings(clip, encoder, read.tokens, empty)
+    padded = encodings if _sizes(read.padded) == _sizes(read.tokens) else _encodings(clip, encoder, read.padded, empty)
     nulls = _null_embeddings(clip, encoder, empty) if extrapolation else [{}] * len(encodings)
     out = []
-    for (parts, options), null in zip(encodings, nulls, strict=True):
-        kept = {name: embedding[:, own.kept] for name, (embedding, own) in parts.items() if read.words.get(name, True)}
-        if extrapolation:
-            kept = {name: extrapolate(part, null[name], extrapolation) for name, part in kept.items()}
+    for (parts, options), (prompt, said), null in zip(encodings, padded, nulls, strict=True):
+        own = {name: embedding[:, own.kept] for name, (embedding, own) in parts.items() if read.words.get(name, True)}
+        whole = {name: embedding for name, (embedding, _) in prompt.items()}
         pooled, during, extra = options.get("pooled_output"), scheduled_part(options), extra_of(options)
-        out.append(EncodedPrompt(torch.cat([*kept.values()], dim=1), pooled, encoder.name, during, extra))
+        out.append(
+            EncodedPrompt(
+                _joined(own, null, extrapolation),
+                None if encoder.filled_up else unmasked(_joined(whole, null, extrapolation), said),
+                pooled,
+                encoder.name,
+                during,
+                extra,
+            )
+        )
     return out, read
+
+
+def _sizes(tokens: Tokens) -> list[int]:
+    return [len(chunk) for chunks in tokens.values() for chunk in chunks]
+
+
+def _joined(parts: dict[str, Tensor], nulls: dict[str, Tensor], extrapolation: float) -> Tensor:
+    """The segments' embeddings one after the other, moved away from their null embeddings."""
+    if extrapolation:
+        parts = {name: extrapolate(part, nulls[name], extrapolation) for name, part in parts.items()}
+    return torch.cat([*parts.values()], dim=1)
+
+
+def unmasked(tokens: Tensor, options: dict) -> Tensor:
+    """An embedding [b, n, C] without what its attention mask hides, if it has one."""
+    keep = options.get("attention_mask")
+    if not isinstance(keep, Tensor) or not keep.ndim or keep.shape[-1] != tokens.shape[1]:
+        return tokens
+    return tokens[:, keep.reshape(-1, keep.shape[-1]).bool().any(dim=0)]
 
 
 def _read(clip: Any, encoder: TextEncoder, text: str, empty: Tokens) -> ReadText:
@@ -81,18 +113,19 @@ def _read(clip: Any, encoder: TextEncoder, text: str, empty: Tokens) -> ReadText
         if "\ud800" <= letter <= "\udfff":  # half of a pair, which every tokenizer refuses in its own way
             raise ValueError(f"VSF: character {i + 1} of the text is not valid Unicode. Please delete it.")
     pieces, words, remarks = pieces_of(text), {}, []
-    tokens = tokenized(clip, without_embeddings(text, pieces))  # HunyuanVideo's fails with them
+    padded = tokenized(clip, without_embeddings(text, pieces))  # HunyuanVideo's fails with them
+    tokens = dict(padded)
     for segment in dict.fromkeys((*encoder.segments, *encoder.shown)):
         said = {}
         for reader in Reader.all_of(clip, segment):
             chunks, left_out = reader.read(text, pieces, segment, empty[reader.key])
             said[reader.name] = segment.words(chunks, reader.tokenizer, empty[reader.key])
-            tokens[reader.key] = segment.sent(chunks, reader.tokenizer)
+            padded[reader.key], tokens[reader.key] = chunks, segment.sent(chunks, reader.tokenizer)
             remarks += left_out
         if segment in encoder.shown:
             alike = len({*map(tuple, said.values())}) == 1  # CLIP-L's and CLIP-G's, but for embeddings
             words |= {segment.name: next(iter(said.values()))} if alike else said
-    return ReadText(tokens, words, tuple(dict.fromkeys(remarks)))
+    return ReadText(padded, tokens, words, tuple(dict.fromkeys(remarks)))
 
 
 def _encoder_of(clip: Any) -> TextEncoder:

@@ -1,10 +1,11 @@
 """The values of VSF Model Patch's input ``method``: which inputs each reads, and what these are to the attention."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ..vsf_core import NAG, NASA, VSF, Method
 from .checks import finite_number
-from .negative import negatives_of, same_mask
+from .negative import Negative, negatives_of, same_mask
 
 
 class MethodChoice:
@@ -24,6 +25,10 @@ class MethodChoice:
         """What a value of ``scale_input`` is to the arithmetic."""
         return scale
 
+    def taken(self, negative: Negative) -> Negative:
+        """``negative`` with the tokens that the method takes of it."""
+        return negative
+
     def check(self, entries: Sequence[dict]) -> None:
         """Raises ``ValueError`` for a conds entry whose negatives the method cannot take together."""
 
@@ -33,6 +38,10 @@ class _Guided(MethodChoice):
 
     has_offset = False
     takes_layouts = False
+
+    def taken(self, negative: Negative) -> Negative:
+        """As published: N is a prompt like P, with its padding."""
+        return negative if negative.padded is None else replace(negative, tokens=negative.padded, padded=None)
 
     def check(self, entries: Sequence[dict]) -> None:
         for negatives in map(negatives_of, entries):

@@ -21,7 +21,8 @@ class Negative:
     where in the picture it acts, None = everywhere (in a video, b are frames); frames: from and to which part of a
     video (0..1) it acts; encoder: name of the text encoder that made it, None = unknown;
     pooled: [b, C'], the pooled embedding, which only the released pipeline of some families uses; extra: what else the
-    encoder said of the text, by ComfyUI's names for it.
+    encoder said of the text, by ComfyUI's names for it; padded: [b, m, C], the same text encoded as a prompt is, with
+    its padding and template, for methods that take it so, None = as tokens.
     """
 
     tokens: Tensor
@@ -31,6 +32,7 @@ class Negative:
     encoder: str | None = None
     pooled: Tensor | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    padded: Tensor | None = None
 
 
 def negatives_of(entry: dict) -> tuple[Negative, ...]:

@@ -7,7 +7,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from . import checks
-from .encode import encode_negative, extra_of, scheduled_part
+from .encode import encode_negative, extra_of, scheduled_part, unmasked
 from .graph_check import reads_a_picture
 from .negative import KEY, Negative, negatives_of
 
@@ -162,10 +162,10 @@ def _from_text(positive: list, clip: Any, text: str, extrapolation: float, where
     if not encoded:  # invisible characters
         log.warning("VSF: the text has no word that can be seen: the negative is off.")
         return io.NodeOutput(positive, ui=ui.PreviewText("off: no word in the text"))
-    made = {
-        e.during: Negative(checks.embedding(e.tokens), **where, encoder=e.encoder, pooled=e.pooled, extra=e.extra)
-        for e in encoded
-    }
+    made = {}
+    for e in encoded:
+        kinds = {"encoder": e.encoder, "pooled": e.pooled, "extra": e.extra, "padded": e.padded}
+        made[e.during] = Negative(checks.embedding(e.tokens), **where, **kinds)
     lines = [f"{name}: {' · '.join(words)}" for name, words in read.words.items() if words]
     shown = "\n".join([f"pushes away {encoded[0].count} tokens", *lines, *read.remarks])
     return io.NodeOutput(_attach(positive, made), ui=ui.PreviewText(shown))
@@ -203,10 +203,9 @@ def _without_padding(negative: list) -> torch.Tensor:
             f"VSF: negative has {len(negative)} entries (of a ConditioningCombine, say) where one is needed. Chain one "
             "VSF Negative Conditioning node for each."
         )
-    tokens, keep = checks.embedding(negative[0][0]), negative[0][1].get("attention_mask")
-    if isinstance(keep, torch.Tensor) and keep.ndim and keep.shape[-1] == tokens.shape[1]:
-        tokens = tokens[:, keep.reshape(-1, keep.shape[-1]).bool().any(dim=0)]
-    else:
+    given = checks.embedding(negative[0][0])
+    tokens = unmasked(given, negative[0][1])
+    if tokens is given:
         log.info(f"VSF: negative has no attention mask: all of its {tokens.shape[1]} positions are kept, padding too.")
     if tokens.shape[1] == 0:
         raise ValueError("VSF: negative has no token left once its padding is removed. Give it some text.")

@@ -115,9 +115,12 @@ class Run:
         latent_map = LatentMap(latent.shape, *map(max, zip(*others, strict=True)))
         dtype = patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
         own = [entry for _, entry in entries]
+        check_tiles(own, latent_map)
+        taken = cache(settings.method.taken)
+        for entry in own:
+            entry[KEY] = tuple(map(taken, negatives_of(entry)))
         check_negatives(family, settings.mixes_pooled(family), own, diffusion_model, latent_map, dtype)
         settings.method.check(own)
-        check_tiles(own, latent_map)
         counts = family.block_counts(diffusion_model)
         run = cls(
             settings,

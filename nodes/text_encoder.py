@@ -36,6 +36,9 @@ class Segment:
     exact_class = False
     """Whether an encoder of a class that derives from the declared one is another."""
 
+    filled_up = False
+    """Whether the model itself fills a prompt up, in a way of its own."""
+
     def present(self, clip: Any) -> dict[str, Any]:
         """Key -> tokenizer, of the encoders that are loaded."""
         return {key: named(clip.tokenizer, key) for key in self.keys if named(clip.cond_stage_model, key) is not None}
@@ -83,6 +86,8 @@ class Trimmed(Segment):
 
 class Asked(Trimmed):
     """Tokens that no encoder reads: the model itself asks its text with them, and sees one embedding for each."""
+
+    filled_up = True
 
     def present(self, clip: Any) -> dict[str, Any]:
         return {key: named(clip.tokenizer, key) for key in self.keys}
@@ -143,6 +148,8 @@ class BosPrefix(Segment):
     """LTX-2's Gemma: padded on the left, which the encoder leaves out. The start token (bos) stays in front until the
     connectors of the model have seen it, and is not kept after that."""
 
+    filled_up = True
+
     def own_of(self, chunks: Chunks, tokenizer: Any, empty: Chunks) -> Own:
         *full, last = chunks
         padding = _same(ids_of([last]), [tokenizer.pad_token] * len(last))
@@ -175,6 +182,10 @@ class TextEncoder:
     def shown(self) -> tuple[Segment, ...]:
         """The segments whose tokens are those that the model sees."""
         return self.segments if self.asked is None else (self.asked,)
+
+    @property
+    def filled_up(self) -> bool:
+        return any(segment.filled_up for segment in self.shown)
 
     def is_of(self, clip: Any) -> bool:
         """Whether a ComfyUI CLIP object is this encoder, with at least one of its segments loaded."""

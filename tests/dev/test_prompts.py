@@ -12,7 +12,7 @@ import pytest
 from hosting.client import ComfyClient
 from hosting.errors import PromptFailed
 from hosting.server import ComfyServer
-from hosting.toy_graphs import node, picture, stock
+from hosting.toy_graphs import node, picture, stock, with_vsf
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = ROOT / "tests" / "toy"
@@ -23,7 +23,7 @@ BLOCKS = {
     "wan": ["", "double:1-"],
 }
 FAMILIES = ["sd3", "flux", "wan", "wan"]
-WORDS = ["a roof", "wheels (red:1.4)", "屋根 🏠", "", "no \u0000 \u202e", "roof " * 100]
+WORDS = ["a roof", "wheels (red:1.4)", "屋根 roof 🏠", "", "no \u0000 \u202e", "roof " * 100]
 
 
 @pytest.fixture(scope="module")
@@ -220,3 +220,20 @@ def test_broken_graphs_among_valid_ones_harm_nothing(server, times, tally):
     client._request("/free", b'{"unload_models": true, "free_memory": true}')  # nothing may come from a cache now
     assert {family: picture(client, stock(family)) for family in BLOCKS} == before
     tally["graphs"] += GRAPHS * times
+
+
+def test_a_conditioning_with_a_picture_in_it(server):
+    """Nodes of edit models encode a picture with the words: as a negative it would be pushed away itself."""
+    client, graph = ComfyClient(server.address), with_vsf(stock("flux"))
+    for class_type, inputs in (
+        ("TextEncodeQwenImageEditPlus", {"clip": ["clip", 0], "prompt": "a roof", "image1": ["picture", 0]}),
+        ("TextEncodeQwenImageEdit", {"clip": ["clip", 0], "prompt": "a roof", "image": ["picture", 0]}),
+    ):
+        graph["picture"] = node("EmptyImage", width=32, height=32, batch_size=1, color=0)
+        graph["words"] = node(class_type, **inputs)
+        graph["shown"] = node("ConditioningSetTimestepRange", conditioning=["words", 0], start=0.0, end=1.0)
+        graph["negative"]["inputs"] |= {"text": "", "negative": ["shown", 0]}
+        with pytest.raises(PromptFailed, match=f"negative comes from {class_type}, which encodes a picture"):
+            client.run(graph)
+    del graph["words"]["inputs"]["image"]
+    client.run(graph)

@@ -7,8 +7,11 @@ import logging
 import pytest
 import torch
 from cases import CASES, both, model_of
+from encoders import make_clip, make_flux_clip, make_wan_clip
 from helpers import assert_close, conditioning, relative, sample, spy_override, text, with_override
 from oracle import oracle_model
+
+import nodes
 
 NAG = {"method": "nag", "nag_scale": 3.0, "nag_alpha": 0.5, "nag_tau": 1.2}
 NASA = {"method": "nasa", "nasa_scale": 0.3}
@@ -51,6 +54,28 @@ def test_parity(pack, name):
     if not case.cross:
         assert_close(case.run(with_override(patched, spy_override([])), attached, **run), expected)
     assert relative(case.run(model, positive, **run), expected) > 1e-4  # and it matters
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "wan"])
+def test_padding_follows_the_method(pack, name, tmp_path):
+    """NAG and NASA as published: the negative is a prompt like any other, with its padding. VSF takes words alone."""
+    clip = {
+        "sd3": lambda: make_clip(clip_l=False, clip_g=False),
+        "flux": lambda: make_flux_clip(pooled=64),
+        "wan": lambda: make_wan_clip(tmp_path),
+    }[name]()
+    case, model = CASES[name], model_of(name)
+    padded = nodes.CLIPTextEncode().encode(clip, "a roof")[0]
+    words = [[pack.negative(padded, clip=clip, text="a roof")[0][1]["vsf_negatives"][0].tokens, {}]]
+    positive = case.prompt()
+    for settings, given, other in ((NAG, padded, words), (NASA, padded, words), ({}, words, padded)):
+        patched = pack.patch(model, **settings)
+        run = [
+            case.run(patched, pack.negative(positive, **kw))
+            for kw in ({"clip": clip, "text": "a roof"}, {"negative": given}, {"negative": other})
+        ]
+        assert torch.equal(run[0], run[1])
+        assert relative(run[2], run[1]) > 1e-6
 
 
 @pytest.mark.smoke

@@ -1,10 +1,16 @@
 """What is pushed away is what the words say: what each text encoder reads of a text, and what it is told apart from."""
 
 import functools
+import json
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from encoders import (
     make_chroma_clip,
     make_clip,
@@ -24,6 +30,8 @@ from encoders import (
 )
 from helpers import conditioning
 from safetensors.torch import save_file
+
+import nodes
 
 MAKERS = {
     "sd3": lambda _: make_clip(),
@@ -401,6 +409,23 @@ def test_eq_10_does_not_depend_on_what_ran_before(pack, name):
             extrapolated(pack, clip, min_length=0, min_padding=0)
 
 
+# -- padding, for the methods that keep it
+
+
+@ALL
+def test_padded_is_what_a_prompt_is(name, clip, node):
+    """NAG and NASA take the negative as CLIPTextEncode encodes it, but for models that fill prompts up themselves."""
+    negative, _ = node("a roof")
+    ((prompt, options),) = nodes.CLIPTextEncode().encode(clip, "a roof")[0]
+    if name in ("anima", "ltxav"):
+        assert negative.padded is None
+        return
+    if "attention_mask" in options:
+        prompt = prompt[:, options["attention_mask"][0].bool()]
+    assert torch.equal(negative.padded, prompt)
+    assert negative.padded.shape[1] > negative.tokens.shape[1] or name in ("chroma", "cosmos", "ltxv")
+
+
 # -- a conditioning as the negative
 
 
@@ -419,3 +444,44 @@ def test_a_negative_that_is_the_positive(pack, caplog, clip_of):
         assert "pushes itself away" in caplog.text and len(alone[0][1]["vsf_negatives"]) == 1
     with pytest.raises(ValueError, match="both text and negative are given"):
         pack.negative(positive, clip=clip_of("flux"), text="roof", negative=conditioning(seed=3))
+
+
+# -- tokenizers that read their vocabulary wrongly
+
+
+@pytest.mark.parametrize("name", ["hunyuan_video"])
+def test_words_that_run_together_are_said(name, clip, node, caplog):
+    """As transformers 5 makes of LLaMA's; with an older one there is nothing to say."""
+    broken = int(transformers.__version__.split(".")[0]) >= 5
+    _, shown = node("a red roof")
+    assert any("runs words together, in the positive prompt too" in line for line in shown) == broken
+    assert ("runs words together" in caplog.text) == broken
+
+
+def test_hunyuan_video_and_flux_2_on_transformers_4():
+    texts = ["red roof", "屋根 roof", "red (roof:1.5)"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([os.environ["VSF_TRANSFORMERS_4"], os.environ["PYTHONPATH"]])}
+    script = Path(__file__).with_name("on_transformers_4.py")
+    done = subprocess.run([sys.executable, str(script), *texts], env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.pop("transformers").startswith("4.")
+    llama, mistral = "LLaMA: ", "Mistral or Qwen3: "
+    assert (
+        found
+        == {
+            "hunyuan_video: red roof": [["pushes away 2 tokens", llama + "red · roof"], 2],
+            "hunyuan_video: 屋根 roof": [["pushes away 3 tokens", llama + "屋 · 根 · roof"], 3],
+            "hunyuan_video: red (roof:1.5)": [["pushes away 3 tokens", llama + "red · roof"], 3],  # the blank is one
+            "flux2: red roof": [["pushes away 2 tokens", mistral + "red · roof"], 2],
+            "flux2: 屋根 roof": [["pushes away 7 tokens", mistral + "屋 · 根 · roof"], 7],  # of bytes
+            "flux2: red (roof:1.5)": [
+                [
+                    "pushes away 2 tokens",
+                    mistral + "red · roof",
+                    f"{mistral[:-2]} has no weights: words count without theirs.",
+                ],
+                2,
+            ],
+        }
+    )

@@ -1,8 +1,9 @@
 """The host: a ComfyUI tree, a Python that can run it, tiny models and a browser. Standard library alone.
 
-Everything lives in one cache folder: `venv/`, `comfyui/<version>/`, `downloads/`, `models/`, `typescript/`. Each part
-is written under a temporary name or without its marker, and becomes valid with its marker; so whatever an interruption
-leaves behind is noticed and made again. An install of the user's own (COMFYUI_PATH) is used as it is and never changed.
+Everything lives in one cache folder: `venv/`, `comfyui/<version>/`, `downloads/`, `models/`, `typescript/` and
+`transformers-4/`. Each part is written under a temporary name or without its marker, and becomes valid with its marker;
+so whatever an interruption leaves behind is noticed and made again. An install of the user's own (COMFYUI_PATH) is used
+as it is and never changed.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ CARRIER_VERSIONS = {
 DEFAULT_VERSION = "0.30.0"
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 TYPESCRIPT = "typescript@5.9.3"
+# From transformers 5 on, ComfyUI's tokenizers of HunyuanVideo and Flux.2 Dev do not read their vocabularies.
+TRANSFORMERS_4 = ("transformers==4.57.3", "tokenizers==0.22.1", "huggingface-hub==0.36.0")
 TEST_TOOLS = ROOT / "tests" / "requirements.txt"
 TINY_MODELS = ROOT / "tests" / "toy" / "tiny.py"
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 13)
@@ -247,6 +250,19 @@ class HostCache:
                 raise HostError("the tiny models could not be made:\n" + "\n".join(tail))
             (part / MARKER).write_text(wanted)
             part.rename(remove(folder))
+        return folder
+
+    def transformers_4(self, python: Path) -> Path:
+        """A folder for the front of `sys.path` with the last transformers before 5."""
+        folder = self.root / "transformers-4"
+        wanted = fingerprint(*TRANSFORMERS_4)
+        with self.lock():
+            if marked(folder) != wanted:
+                self.say("installing transformers 4 beside the newest")
+                part = temporary(folder)
+                self.pip(python, ["install", "--no-deps", "--target", str(part), *TRANSFORMERS_4])
+                (part / MARKER).write_text(wanted)
+                part.rename(remove(folder))
         return folder
 
     def typescript(self, python: Path) -> Path:

@@ -21,7 +21,7 @@ class Flux(Family):
             "ovis", "Ovis-Image (CLIPLoader of type ovis)", "OvisTEModel", (InTemplate("Qwen3", ("qwen3_2b",)),)
         ),
     )
-    released = Released(copy=False, kinds=frozenset({"double"}), pooled=1.1)
+    released = Released(copy=False, plain=True, kinds=frozenset({"double"}), pooled=1.1)
 
     def block_counts(self, diffusion_model: Any) -> Mapping[str, int]:
         return {"double": len(diffusion_model.double_blocks), "single": len(diffusion_model.single_blocks)}

@@ -73,7 +73,8 @@ def listing_1(q, k, v, heads, image, positive, n, expect, block, user_mask=None,
 
     In the released pipeline's [P, N, N0] the plain copy N is ordinary text: it counts as the end of P here.
     ``user_mask``: additive, [B, L, L] over the sequence; ``padding``: how many of N's last tokens nobody sees;
-    ``plain``: the image sees N0 too, with its own values and no offset, wherever it sees N1.
+    ``plain``: the image sees N0 too, with its own values and no offset, wherever it sees N1; "to the letter": with all
+    that the mask of the authors' Flux pipeline hides and shows besides.
     """
     length = positive + n + image
     p, n0, i = slice(0, positive), slice(positive, positive + n), slice(positive + n, length)
@@ -84,10 +85,14 @@ def listing_1(q, k, v, heads, image, positive, n, expect, block, user_mask=None,
     v = torch.cat([v.double(), -alpha[:, None] * v[:, n0].double()], dim=1)
     allowed = torch.zeros(length, length + n, dtype=torch.bool)
     allowed[i, i] = allowed[i, p] = allowed[i, n1] = True
-    allowed[i, n0] = plain
+    allowed[i, n0] = bool(plain)
     shown = (n0, n1) if plain else (n1,)
     allowed[p, i] = allowed[p, p] = True
     allowed[n0, i] = allowed[n0, n0] = True
+    if plain == "to the letter":
+        first, second, texts = i.start + n, i.start + 2 * n, slice(0, i.start)
+        allowed[p, n0] = allowed[texts, n1] = True
+        allowed[n0, n0] = allowed[texts, i.start : second] = allowed[i.start : first, first:second] = False
     if padding:
         allowed[:, n0.stop - padding : n0.stop] = allowed[:, -padding:] = False
     bias = torch.zeros(length, length + n, dtype=torch.float64)

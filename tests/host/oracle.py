@@ -142,8 +142,8 @@ def sd3_attention(original, image, positive, n, expect, record, released, user_m
 
 
 def flux_attention(doubles):
-    """Flux's attention, [B, H, L, D], in double and single blocks. Released, as the authors' code has it: the image sees
-    plain N0 beside N1 in double blocks, and single blocks are plain attention."""
+    """Flux's attention, [B, H, L, D], in double and single blocks. Released, as in their code: the image sees plain
+    N0 beside N1 in double blocks, and single blocks are plain attention."""
 
     def make(original, image, positive, n, expect, record, released, user_mask):
         def attention(q, k, v, heads, mask=None, skip_reshape=False, **kwargs):

@@ -218,7 +218,7 @@ def draw_charts(rows: Sequence[Mapping[str, Any]], out: Path, family: str) -> No
     series: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         name = f"cfg, {row['settings'].get('steps', 8)} steps" if row["method"] == "cfg" else row["method"]
-        if not (row["method"] == "vsf" and row["settings"]["offset"] != 0.2):
+        if row["method"] not in ("vsf", "vsf released") or row["settings"]["offset"] == 0.2:
             series.setdefault(name, []).append(row)
     for y in ("positive", "quality"):
         curves = {name: curve("negative", y, m, strength.get(m[0]["method"], "scale")) for name, m in series.items()}

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..vsf_core import LAYERS, Method, NegativeTerms, layer_of
+from ..vsf_core import LAYERS, Method, NegativeTerms, beside_plain, layer_of
 from .blocks import Block
 from .families import Family, Released
 from .host_attention import Backend
@@ -223,14 +223,18 @@ def make_forward_context(
     before, after = family.reference_tokens(conds, diffusion_model)
     filling, own = family.image_padding(latent, diffusion_model), family.grid(latent) if kept is None else len(kept)
     is_padding, released = torch.isinf(batch.beta.float()[:, 0]), settings.released_by(family)
-    beta = _image_beta(family, batch, latent, kept, (before, after, filling), settings.affect_references)
+    alpha, beta = batch.alpha.float(), batch.beta.float()
+    if released is not None and released.plain:
+        alpha, beta = beside_plain(alpha, beta)
+    others = before, after, filling
+    beta = _image_beta(family, beta, batch.mask, latent, kept, others, settings.affect_references)
     shape = len(LAYERS), latent.shape[0], before + own + after + filling
     return ForwardContext(
         family=family,
         run=run,
         tokens=batch.length,
         text=text,
-        alpha=batch.alpha.float(),
+        alpha=alpha,
         beta=beta,
         nowhere=beta if len(run.selected) == len(run.blocks) else torch.full_like(beta, torch.inf),
         padding=is_padding if is_padding.shape[1] > 1 else None,
@@ -251,17 +255,17 @@ def make_forward_context(
 
 def _image_beta(
     family: Family,
-    batch: NegativeBatch,
+    beta: Tensor,
+    mask: Tensor | None,
     latent: Tensor,
     kept: Tensor | None,
     others: tuple[int, int, int],
     affect_references: bool,
 ) -> Tensor:
-    """Beta per token [B, 1, n or 1], plus masks and what reference images may see: [B, I or 1, n or 1].
+    """``beta`` per token [B, 1, n or 1], plus ``mask`` and what reference images may see: [B, I or 1, n or 1].
 
     kept: which of the latent's tokens there are; others: tokens of references before and after those, and of padding.
     """
-    beta, mask = batch.beta.float(), batch.mask
     shown = (affect_references, affect_references, False)
     if mask is None and all(see for count, see in zip(others, shown, strict=True) if count):
         return beta

@@ -29,8 +29,9 @@ class VSFModelPatch(io.ComfyNode):
                     min=-20.0,
                     max=20.0,
                     step=0.05,
-                    tooltip="Alpha: how hard the picture is pushed away from the negative. The paper: 3.3 for quality, "
-                    "3.8 for strong. Lower it when the main object suffers. 0 is not off: bypass the node for that.",
+                    tooltip="Alpha: how hard the picture is pushed away from the negative. The paper: 3.3 for "
+                    "quality, 3.8 for strong, both in layout released; in layout paper they push harder. Lower it "
+                    "when the main object suffers. 0 is not off: bypass the node for that.",
                 ),
                 io.Float.Input(
                     "offset",
@@ -38,8 +39,9 @@ class VSFModelPatch(io.ComfyNode):
                     min=-20.0,
                     max=100.0,
                     step=0.05,
-                    tooltip="Beta: lowers how much the picture attends to the negative. Higher is gentler; at 60 it "
-                    "has practically no effect. May be negative: the authors' released pipeline acts like -0.6.",
+                    tooltip="Beta: lowers how much the picture attends to the negative. Higher is gentler; at 60, in "
+                    "layout paper, it has practically no effect. May be negative. The authors' Flux code never uses "
+                    "it: for its numbers set 0.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -71,8 +73,9 @@ class VSFModelPatch(io.ComfyNode):
                     options=list(LAYOUTS),
                     default="paper",
                     optional=True,
-                    tooltip="paper: Listing 1 of the paper. released: what the authors' published pipeline does, where "
-                    "a plain copy of the negative stays visible; its scale 3.3 is as gentle as about 1 here.",
+                    tooltip="paper: Listing 1 of the paper. released: what the picture sees in the authors' published "
+                    "code for Stable Diffusion 3 and Flux.1, where the negative stays visible as plain text too. "
+                    "Published numbers belong to it; the same number is gentler there.",
                 ),
                 io.Boolean.Input(
                     "affect_references",
@@ -101,7 +104,8 @@ class VSFModelPatch(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="Method nag: how far the picture goes past the positive, away from the negative; 1 is not "
-                    "at all. phi + 1 in the paper: 5, and 12 for strong.",
+                    "at all. By the paper's Eq. 4 it is phi + 1: 5, and 12 for strong. The authors' scripts passed 4 "
+                    "and 11 here.",
                 ),
                 io.Float.Input(
                     "nag_alpha",

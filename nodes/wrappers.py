@@ -52,7 +52,7 @@ class VSFPatch:
         if self.settings.layout == "released" and self.family.released is None:
             raise ValueError(
                 f"VSF: layout released does what the authors' own pipeline does, and they have none for "
-                f"{self.family.title}. Set layout to paper."
+                f"{self.family.title}. Set layout to paper, in which a scale of about 1 is a gentle start."
             )
         if self.settings.layout == "released" and not self.settings.method.takes_layouts:
             raise ValueError(

@@ -9,7 +9,7 @@ where ``Z+``/``lse+`` are the ordinary attention and its log-sum-exp over the po
 the negative ones. This package is torch only: it knows nothing of ComfyUI and is usable from a plain script.
 """
 
-from .attention import NegativeTerms
+from .attention import NegativeTerms, beside_plain
 from .attention_map import LAYERS, AttentionRecord, layer_of
 from .backends import WAYS, Attention, AttentionBackend, LSEAttention, fused_attention, lse_attention
 from .embeddings import content_length, extrapolate, null_embedding

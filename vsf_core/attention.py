@@ -35,6 +35,18 @@ class NegativeTerms:
     padding: Tensor | None = None
 
 
+def beside_plain(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """The alpha and beta by which the image sees N1 alone as, with those given, it would see N1 and N0 side by side.
+
+    N0's keys are N1's, so both have one logit s: e^s falls on the value V, and e^(s - beta) on -alpha V. Together:
+    ``beta' = -ln(1 + e^-beta)``, ``alpha' = (alpha e^-beta - 1) / (1 + e^-beta)``; what beta +inf hides stays hidden.
+    alpha: [B or 1, N, 1]; beta: [B or 1, 1, N or 1].
+    """
+    hidden = torch.isposinf(beta)
+    flipped = torch.sigmoid(-beta).transpose(1, 2)  # the part of the weight that falls on N1
+    return (alpha + 1) * flipped - 1, torch.where(hidden, beta, F.logsigmoid(beta))
+
+
 @dataclass(frozen=True, eq=False)
 class JointCall:
     """What one joint attention is made of; see ``methods.py``."""

@@ -22,6 +22,8 @@ class Released:
 
     copy: bool
     """A plain copy of N stays in the text stream, as ordinary text: [P, N, N0]."""
+    plain: bool
+    """The image sees N0 as it is, too, beside N1, wherever it sees that."""
     kinds: frozenset[str]
     """Types of the blocks that run VSF; in others N0 is an ordinary text token."""
     pooled: float | None = None
@@ -187,7 +189,7 @@ class CrossFamily(Family):
     """A family whose text is seen in cross-attention alone; the authors' released layout is the paper's Eq. 9 there."""
 
     cross_attention = True
-    released = Released(copy=False, kinds=frozenset({"double", "input", "middle", "output"}))
+    released = Released(copy=False, plain=False, kinds=frozenset({"double", "input", "middle", "output"}))
 
 
 def _cells(mask: Tensor, p: int) -> Tensor:

@@ -1,6 +1,10 @@
 """Flux.1: double blocks over [text, image], then single blocks over one joined sequence; reference images follow the
 image (Kontext). All text has rotary position 0, so N0's place in the stream shifts nothing; Ovis-Image, which loads as
-the same class, counts its text through."""
+the same class, counts its text through.
+
+The authors' pipeline: in double blocks the image sees N0 beside N1, in single ones N is text like P. The offset that it
+takes is in none of its masks. Besides, these show N1 to P and N0 and hide some image tokens, which are slips of index:
+they are not imitated."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +25,7 @@ class Flux(Family):
             "ovis", "Ovis-Image (CLIPLoader of type ovis)", "OvisTEModel", (InTemplate("Qwen3", ("qwen3_2b",)),)
         ),
     )
-    released = Released(copy=False, kinds=frozenset({"double"}), pooled=1.1)
+    released = Released(copy=False, plain=True, kinds=frozenset({"double"}), pooled=1.1)
 
     def block_counts(self, diffusion_model: Any) -> Mapping[str, int]:
         return {"double": len(diffusion_model.double_blocks), "single": len(diffusion_model.single_blocks)}

@@ -18,7 +18,7 @@ class SD3(Family):
             (CutAfterEnd("CLIP", ("l", "g")), T5),
         ),
     )
-    released = Released(copy=True, kinds=frozenset({"double"}))
+    released = Released(copy=True, plain=False, kinds=frozenset({"double"}))
 
     def check(self, model: Any) -> None:
         mmdit = model.diffusion_model

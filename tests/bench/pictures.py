@@ -70,10 +70,10 @@ FIGURES = ("attention-map", "scale-sweep")
 TRIES, LEAST_QUALITY = 10, 0.9
 PRESETS = {
     "no negative": None,
-    "Quality 3.3 / 0.2": ("vsf", 3.3),
-    "Strong 3.8 / 0.2": ("vsf", 3.8),
     "Quality, released": ("vsf released", 3.3),
     "Strong, released": ("vsf released", 3.8),
+    "Hard, paper": ("vsf", 3.3),
+    "Harder, paper": ("vsf", 3.8),
 }
 COMPARED = (("house", "roof"), ("car", "wheels"), ("snowman", "hat"))
 SEEDS = (1, 2)

@@ -76,13 +76,15 @@ def all_jobs(family: str, split: str, quick: bool) -> list[Job]:
         *sweep("nasa", "phi", (0.15, 0.25, 0.4, 0.5, 0.8)),
         *sweep("wef", "scale", (0.5, 1.0, 2.0)),
         *sweep("vsf padded", "scale", (0.5, 1.0, 3.3), offset=0.2),
+        *sweep("vsf", "scale", (3.8,), offset=0.2),
     ]
     if family == "wan":  # Eq. 9 has neither a mask nor a duplicate, in the released pipeline too
         return [*ours, *others]
     return [
         *ours,
         *others,
-        *sweep("vsf released", "scale", (3.3, 5.0, 8.0, 12.0), offset=0.2),
+        *sweep("vsf released", "scale", (3.3, 3.8, 5.0, 8.0, 12.0), offset=0.2),
+        *sweep("vsf released", "scale", (3.5, 6.0) if family == "flux" else (), offset=0.0),
         *sweep("vsf no mask", "scale", (2.0, 3.3, 8.0), offset=0.2),
         *sweep("vsf no duplication", "scale", (1.0, 3.3, 8.0)),
     ]
@@ -216,7 +218,7 @@ def draw_charts(rows: Sequence[Mapping[str, Any]], out: Path, family: str) -> No
     series: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         name = f"cfg, {row['settings'].get('steps', 8)} steps" if row["method"] == "cfg" else row["method"]
-        if not (row["method"] == "vsf" and row["settings"]["offset"] != 0.2):
+        if row["method"] not in ("vsf", "vsf released") or row["settings"]["offset"] == 0.2:
             series.setdefault(name, []).append(row)
     for y in ("positive", "quality"):
         curves = {name: curve("negative", y, m, strength.get(m[0]["method"], "scale")) for name, m in series.items()}

@@ -288,16 +288,16 @@ def choose(tab, preset):
 def test_presets_set_the_numbers_that_are_sent(demo, shot):
     preset = "() => t.widget('VSFModelPatch', 'preset').value"
     wanted = {
-        "strong": (3.8, 0.2, "paper"),
-        "strongReleased": (3.8, 0.2, "released"),
-        "qualityReleased": (3.3, 0.2, "released"),
-        "schnellLow": (3.5, 0.2, "released"),
-        "schnellHigh": (6, 0.2, "released"),
+        "harder": (3.8, 0.2, "paper"),
+        "strong": (3.8, 0.2, "released"),
+        "quality": (3.3, 0.2, "released"),
+        "schnellLow": (3.5, 0, "released"),
+        "schnellHigh": (6, 0, "released"),
         "wanLow": (0.8, 0.2, "paper"),
         "wanHigh": (1.9, 0.1, "paper"),
-        "quality": (3.3, 0.2, "paper"),
+        "hard": (3.3, 0.2, "paper"),
     }
-    assert demo.evaluate(preset) == "quality"
+    assert demo.evaluate(preset) == "hard"
     for name, values in wanted.items():
         choose(demo, name)
         assert (numbers(demo), demo.evaluate(preset)) == (values, name)
@@ -308,18 +308,18 @@ def test_presets_set_the_numbers_that_are_sent(demo, shot):
     labels = demo.evaluate(
         "() => { const o = t.widget('VSFModelPatch', 'preset').options; return o.values.map(v => o.getOptionLabel(v)) }"
     )
-    assert labels[0] == "Quality: 3.3 / 0.2 (untested here)" and labels[-1] == "Custom"
+    assert labels[0] == "Quality (SD3.5): 3.3 / 0.2, released (untested here)" and labels[-1] == "Custom"
     saved = demo.evaluate("() => t.one('VSFModelPatch').serialize().widgets_values")
     assert saved == [2, 0.2, 0, 1, "", "paper", True, "vsf", 5, 0.25, 2.5, 0.25]
 
 
 def test_presets_are_of_one_method(demo):
     state = "() => [t.widget('VSFModelPatch', 'preset').value, t.widget('VSFModelPatch', 'method').value]"
-    assert demo.evaluate(state) == ["quality", "vsf"]
+    assert demo.evaluate(state) == ["hard", "vsf"]
     edit(demo, "const w = t.widget('VSFModelPatch', 'method'); w.value = 'nag'; w.callback('nag')")
     assert demo.evaluate(state) == ["custom", "nag"]
-    choose(demo, "quality")
-    assert demo.evaluate(state) == ["quality", "vsf"]
+    choose(demo, "hard")
+    assert demo.evaluate(state) == ["hard", "vsf"]
 
 
 def test_preset_is_chosen_with_the_mouse(demo):
@@ -330,7 +330,7 @@ def test_preset_is_chosen_with_the_mouse(demo):
     )
     demo.wait_for_timeout(400)
     if demo.renderer == "vue":
-        demo.get_by_text("Quality: 3.3 / 0.2", exact=False).first.click()
+        demo.get_by_text("Hard: 3.3 / 0.2", exact=False).first.click()
     else:
         x, y = demo.evaluate(
             "() => { const n = t.one('VSFModelPatch'), w = t.widget('VSFModelPatch', 'preset'),"
@@ -339,9 +339,9 @@ def test_preset_is_chosen_with_the_mouse(demo):
         )
         demo.mouse.click(x, y)
     demo.wait_for_timeout(400)
-    demo.get_by_text("Strong: 3.8 / 0.2 (untested here)", exact=True).last.click()
+    demo.get_by_text("Strong (SD3.5): 3.8 / 0.2, released (untested here)", exact=True).last.click()
     demo.wait_for_timeout(400)
-    assert numbers(demo) == (3.8, 0.2, "paper")
+    assert numbers(demo) == (3.8, 0.2, "released")
     assert demo.evaluate("() => t.widget('VSFModelPatch', 'preset').value") == "strong"
 
 

@@ -130,7 +130,7 @@ def test_another_language_reaches_nodes_badges_menu_and_settings(tab, tmp_path_f
         "title": "VSF Patch du modèle",
         "scale": "force (scale)",
         "preset": words["preset"],
-        "choice": "Fort: 3.8 / 0.2 (non testé ici)",
+        "choice": "Fort (SD3.5): 3.8 / 0.2, released (non testé ici)",
         "badge": words["unpatched"],
         "menu": words["add"],
     }

@@ -3,6 +3,7 @@ are taken, citations are whole, and links lead somewhere. `dev.py demo` itself r
 this."""
 
 import importlib
+import json
 import os
 import re
 import shlex
@@ -147,3 +148,45 @@ def test_readme_names_every_workflow():
     table = TEXTS["README.md"].split("## What works")[1].split("## ")[0]
     listed = {word for line in table.splitlines() if line.startswith("| ") for word in re.findall(r"`(\w+)`", line)}
     assert listed <= names
+
+
+def nodes_of(workflow):
+    """The widgets of a workflow's nodes, and of its subgraphs', by type."""
+    made = json.loads(workflow.read_text(encoding="utf-8"))
+    graphs = [made, *made.get("definitions", {}).get("subgraphs", ())]
+    return {node["type"]: node.get("widgets_values") for graph in graphs for node in graph["nodes"]}
+
+
+def test_published_numbers_are_the_same_everywhere():
+    """In the presets, their help page, docs/settings.md, the shipped workflows, and the benchmark's template."""
+    code = (ROOT / "js" / "presets.js").read_text(encoding="utf-8")
+    found = re.findall(r'^  (\w+): \{ scale: ([\d.]+), offset: ([\d.]+), layout: "(\w+)" \},$', code, re.MULTILINE)
+    presets = {name: (float(scale), float(offset), layout) for name, scale, offset, layout in found}
+    quality, schnell = presets["quality"], presets["schnellLow"]
+    assert (quality, presets["strong"]) == ((3.3, 0.2, "released"), (3.8, 0.2, "released"))
+    assert (schnell, presets["schnellHigh"]) == ((3.5, 0.0, "released"), (6.0, 0.0, "released"))
+
+    help_page = (ROOT / "js" / "docs" / "VSFModelPatch.md").read_text(encoding="utf-8")
+    for label, name in (
+        ("Quality (SD3.5)", "quality"),
+        ("Strong (SD3.5)", "strong"),
+        ("Hard", "hard"),
+        ("Harder", "harder"),
+    ):
+        scale, offset, layout = presets[name]
+        assert f"| {label} | {scale:g} | {offset:g} | {layout} |" in help_page
+    assert "| 3.3, 0.2 | 3.3, 0.2, `layout` *released*: preset *Quality* |" in TEXTS["settings.md"]
+    assert "| 3.5 to 6, `offset` 0, *released*, `extrapolation` 0: both Flux presets |" in TEXTS["settings.md"]
+
+    of_sd35 = [*(ROOT / "workflows").glob("*sd35*.json"), *(ROOT / "subgraphs").glob("*.json")]
+    edit = ROOT / "workflows" / "vsf_generate_then_edit_flux_kontext.json"  # SD3.5's picture beside an edit of it
+    of_schnell = list((ROOT / "workflows").glob("*flux_schnell*.json"))
+    assert len(of_sd35) == 5 and len(of_schnell) == 2
+    for workflow, preset in [*((w, quality) for w in (*of_sd35, edit)), *((w, schnell) for w in of_schnell)]:
+        nodes = nodes_of(workflow)
+        scale, offset, _, _, _, layout, *_ = nodes["VSFModelPatch"]
+        assert (scale, offset, layout) == preset, workflow.name
+        if preset == schnell:
+            assert nodes["VSFNegativeConditioning"][2] == 0.0 and nodes["KSampler"][2] == 8, workflow.name
+    for workflow in (ROOT / "workflows").glob("*wan21*causvid.json"):
+        assert nodes_of(workflow)["ModelSamplingSD3"] == [3.0], workflow.name

@@ -48,7 +48,7 @@ class Record:
     forwards: list = field(default_factory=list)
     blocks: int = 0
     shares: list = field(default_factory=list)
-    """(block, [B, I] of 1 - W: the mean over heads of the weight on N1), one a call in which the image saw it."""
+    """(block, [B, I] of 1 - W: the mean over heads of the weight on N), one a call in which the image saw it."""
 
     def block(self):
         """The index of the block at work, counted over one forward's joint calls."""
@@ -68,11 +68,13 @@ def dense(q, k, v, heads, allowed, bias, seen=None):
     return (logits.softmax(-1) @ v).transpose(1, 2).reshape(b, -1, c)
 
 
-def listing_1(q, k, v, heads, image, positive, n, expect, block, user_mask=None, record=None, padding=0):
+def listing_1(q, k, v, heads, image, positive, n, expect, block, user_mask=None, record=None, padding=0, plain=False):
     """Sequence [P, N0, I] (text first, as the model file builds it), keys of N1 appended. q, k, v [B, L, H*D].
 
     In the released pipeline's [P, N, N0] the plain copy N is ordinary text: it counts as the end of P here.
-    ``user_mask``: additive, [B, L, L] over the sequence; ``padding``: how many of N's last tokens nobody sees.
+    ``user_mask``: additive, [B, L, L] over the sequence; ``padding``: how many of N's last tokens nobody sees;
+    ``plain``: the image sees N0 too, with its own values and no offset, wherever it sees N1; "to the letter": with all
+    that the mask of the authors' Flux pipeline hides and shows besides.
     """
     length = positive + n + image
     p, n0, i = slice(0, positive), slice(positive, positive + n), slice(positive + n, length)
@@ -83,22 +85,31 @@ def listing_1(q, k, v, heads, image, positive, n, expect, block, user_mask=None,
     v = torch.cat([v.double(), -alpha[:, None] * v[:, n0].double()], dim=1)
     allowed = torch.zeros(length, length + n, dtype=torch.bool)
     allowed[i, i] = allowed[i, p] = allowed[i, n1] = True
+    allowed[i, n0] = bool(plain)
+    shown = (n0, n1) if plain else (n1,)
     allowed[p, i] = allowed[p, p] = True
     allowed[n0, i] = allowed[n0, n0] = True
+    if plain == "to the letter":
+        first, second, texts = i.start + n, i.start + 2 * n, slice(0, i.start)
+        allowed[p, n0] = allowed[texts, n1] = True
+        allowed[n0, n0] = allowed[texts, i.start : second] = allowed[i.start : first, first:second] = False
     if padding:
         allowed[:, n0.stop - padding : n0.stop] = allowed[:, -padding:] = False
     bias = torch.zeros(length, length + n, dtype=torch.float64)
     bias[i, n1] -= expect.beta
     if expect.keep is not None:
-        bias[i, n1] += expect.keep.double().log()
+        for columns in shown:
+            bias[i, columns] += expect.keep.double().log()
     if expect.blocks is not None and block not in expect.blocks:
-        allowed[i, n1] = False
+        for columns in shown:
+            allowed[i, columns] = False
     if user_mask is not None:
         bias = bias + torch.nn.functional.pad(user_mask.double(), (0, n))[:, None]
 
     def seen(weights):
         if record is not None and (expect.blocks is None or block in expect.blocks):
-            record.shares.append((block, weights[:, :, i, n1].sum(-1).mean(1)))
+            share = sum(weights[:, :, i, columns].sum(-1) for columns in shown)
+            record.shares.append((block, share.mean(1)))
 
     if expect.guide is None:
         return dense(q, k, v, heads, allowed, bias, seen).to(q.dtype)
@@ -131,7 +142,8 @@ def sd3_attention(original, image, positive, n, expect, record, released, user_m
 
 
 def flux_attention(doubles):
-    """Flux's attention, [B, H, L, D], in double and single blocks. Released: single blocks are plain attention."""
+    """Flux's attention, [B, H, L, D], in double and single blocks. Released, as in their code: the image sees plain
+    N0 beside N1 in double blocks, and single blocks are plain attention."""
 
     def make(original, image, positive, n, expect, record, released, user_mask):
         def attention(q, k, v, heads, mask=None, skip_reshape=False, **kwargs):
@@ -146,7 +158,7 @@ def flux_attention(doubles):
             if released and block >= doubles:
                 everything = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool)
                 return dense(q, k, v, heads, everything, torch.zeros(1, dtype=torch.float64)).to(q.dtype)
-            out = listing_1(q, k, v, heads, image, positive, n, expect, block, user_mask, record)
+            out = listing_1(q, k, v, heads, image, positive, n, expect, block, user_mask, record, plain=released)
             return out[:, : out.shape[1] - cached]
 
         return attention

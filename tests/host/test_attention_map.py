@@ -129,7 +129,7 @@ def test_users_own_attention_mask(pack, models):
 
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 def test_released_layout(pack, models, family):
-    """The share of N1 alone: SD3's plain copy is ordinary text, Flux's single blocks see no N1."""
+    """SD3's plain copy is ordinary text and does not count; on Flux N0 counts beside N1, and single blocks do not."""
     check(pack, models[family], family, released=True)
 
 

@@ -117,6 +117,71 @@ def test_released_layout(pack, model, n, batch, cfg):
     assert relative(paper, result) > 1e-3
 
 
+@pytest.mark.parametrize(("alpha", "beta"), [(6.0, 0.0), (0.5, 0.2), (-2.0, -0.6), (20.0, -20.0), (3.5, 60.0)])
+def test_released_layout_over_scale_and_offset(pack, schnell, alpha, beta):
+    """The image sees plain N0, too: at scales below e^beta it is drawn to the negative, and at offset 60 shown it."""
+    result, expected = both(pack, schnell, released=True, alpha=alpha, beta=beta, steps=1)
+    assert_close(result, expected)
+
+
+@pytest.mark.parametrize("way", ["one mask", "soft mask", "blocks", "references"])
+def test_released_layout_where_the_negative_acts(pack, schnell, way):
+    """What a mask, unselected double blocks and references do not see, they do not see as plain text either. In single
+    blocks N is ordinary text for all."""
+    inside = torch.ones(8, 12)
+    if way.endswith("mask"):
+        inside[:4] = 0.0 if way == "one mask" else 0.25
+    kw = {
+        "blocks": {"patch": {"blocks": "double:1,single:0"}, "expect": {"blocks": frozenset({1, 2})}},
+        "references": {
+            "positive": prompt(reference_latents=[latents(10, 12)]),
+            "patch": {"affect_references": False},
+            "expect": {"keep": torch.cat([torch.ones(96, 5), torch.zeros(30, 5)])},
+        },
+    }.get(way) or {
+        "node": {"mask": inside.repeat_interleave(16, 0).repeat_interleave(16, 1)[None]},
+        "expect": {"keep": inside.reshape(-1, 1).expand(-1, 5)},
+    }
+    assert_close(*both(pack, schnell, released=True, **kw))
+
+
+def test_released_layout_multiplies_scale_by_strength(pack, schnell):
+    _, expected = both(pack, schnell, released=True, alpha=3.3)
+    attached = pack.negative(prompt(), negative=with_pooled(), strength=0.5)
+    assert_close(sample(pack.patch(schnell, layout="released", scale=6.6), attached), expected)
+
+
+def test_released_layout_in_a_window_of_steps(pack, schnell):
+    """Outside the window the negative is nowhere, as plain text neither."""
+    attached = pack.negative(prompt(), negative=with_pooled())
+    patched = pack.patch(schnell, layout="released", end_percent=0.01)
+    expects = [Expect(prompt()[0][0], text(5, 5), 3.3, 0.2, pooled=text(1, 77, 768)[:, 0])]
+    oracle, _ = oracle_model(schnell, expects, released=True)
+    stock, steps = sample(schnell, prompt(), steps=3), []
+
+    def first_step_alone(apply_model, params):
+        steps.append(1)
+        run = oracle.model_options["model_function_wrapper"] if len(steps) == 1 else None
+        return run(apply_model, params) if run else apply_model(params["input"], params["timestep"], **params["c"])
+
+    mixed = schnell.clone()
+    mixed.set_model_unet_function_wrapper(first_step_alone)
+    result = sample(patched, attached, steps=3)
+    assert_close(result, sample(mixed, prompt(), steps=3))
+    assert relative(result, stock) > 1e-3
+
+
+def test_released_layout_is_near_the_authors_mask_to_the_letter(pack, schnell):
+    """Their mask lets texts see the flipped N and hides some image tokens: at 256 image tokens that is little."""
+    positive, negative, pooled = prompt(), with_pooled(), text(1, 77, 768)[:, 0]
+    expects = [Expect(positive[0][0], text(5, 5), 3.5, 0.0, pooled=pooled)]
+    oracle, _ = oracle_model(schnell, expects, released="to the letter")
+    attached, run = pack.negative(positive, negative=negative), {"size": (32, 32), "steps": 4}
+    result = sample(pack.patch(schnell, layout="released", scale=3.5, offset=0.0), attached, **run)
+    theirs, paper = sample(oracle, positive, **run), sample(pack.patch(schnell, scale=3.5, offset=0.0), attached, **run)
+    assert 1e-4 < relative(result, theirs) < 0.01 < relative(paper, theirs)
+
+
 def test_released_layout_needs_one_negative_with_a_pooled_output(pack, schnell):
     bare = pack.negative(prompt(), negative=[[text(5, 5), {}]])
     with pytest.raises(ValueError, match="pooled embedding of one negative"):

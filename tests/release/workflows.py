@@ -67,9 +67,9 @@ class Model:
     rate: float = 24.0
     latent: str = "EmptySD3LatentImage"
     cfg: float = 1.0
-    extrapolation: float = 0.0
     scale: float = 3.3
     offset: float = 0.2
+    layout: str = "paper"
     scales: str = NEW_SCALES
     single: str = ""
     """Name of the workflow for one picture, where that is kept by hand."""
@@ -100,12 +100,16 @@ MODELS = (
         vae=File("ae.safetensors", "Comfy-Org/Lumina_Image_2.0_Repackaged/split_files/vae", "vae"),
         prompt="a grand piano on an empty stage, spotlight",
         negative="piano keys",
-        extrapolation=8.0,
-        steps=4,
+        scale=3.5,
+        offset=0.0,
+        layout="released",
+        scales="2, 3.5, 4, 5, 6",
+        steps=8,
         sampler="euler",
         scheduler="simple",
         single="vsf_flux_schnell_text_to_image",
         advice=CFG_1,
+        sweep_advice="The authors' README has 3.5 to 6, with **layout** *released*, **offset** 0 and 8 steps.",
     ),
     Model(
         key="wan21_t2v_1_3b_causvid",
@@ -116,7 +120,7 @@ MODELS = (
         vae=File("wan_2.1_vae.safetensors", f"{WAN}/vae", "vae"),
         lora=File("Wan21_CausVid_bidirect2_T2V_1_3B_lora_rank32.safetensors", "Kijai/WanVideo_comfy", "loras"),
         lora_strength=0.5,
-        shift=8.0,
+        shift=3.0,
         shift_node="ModelSamplingSD3",
         size=(832, 480),
         frames=81,
@@ -402,13 +406,13 @@ def workflow(model: Model, name: str, is_sweep: bool) -> dict[str, Any]:
         "VSFNegativeConditioning",
         (430, 210),
         (400, 330),
-        (model.negative, 1.0, model.extrapolation, 0.0, 1.0),
+        (model.negative, 1.0, 0.0, 0.0, 1.0),
         ["CONDITIONING"],
         inputs={"positive": positive, "clip": clip, "negative": "CONDITIONING", "mask": "MASK"},
         look=RED,
     )
     groups["Prompt and negative"] = (410, -50, 440, 810 if model.cfg != 1 or model.guidance else 720)
-    values, inputs = (model.scale, model.offset, 0.0, 1.0, "", "paper", True), {"model": patched}
+    values, inputs = (model.scale, model.offset, 0.0, 1.0, "", model.layout, True), {"model": patched}
     patch = graph.add("VSFModelPatch", (880, 0), (320, 250), values, ["MODEL"], inputs=inputs, look=RED)
     patched, labels, x = (patch, 0), None, 1250
     if is_sweep:

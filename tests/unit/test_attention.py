@@ -17,6 +17,7 @@ from vsf_core import (
     TokenLayout,
     attend_cross,
     attend_joint,
+    beside_plain,
     cross_attention_reference,
     joint_attention_reference,
     joint_mask,
@@ -49,6 +50,34 @@ def test_the_definition_does_not_depend_on_the_order(before, padded):
     expected = joint_attention_reference(*(t[:, :, order] for t in (q, k, v)), first, alpha, beta, padding)
     result = joint_attention_reference(q, k, v, layout, alpha, beta, padding)
     assert relative(result[:, :, order], expected) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("alpha", [-20.0, 0.0, 0.3, 3.5, 20.0])
+@pytest.mark.parametrize("beta", [-20.0, -0.6, 0.2, 60.0, 100.0])
+def test_beside_plain_is_one_softmax_over_the_negative_as_it_is_and_flipped(alpha, beta, dtype):
+    """Written out, with every key there: [P, N0, N1]. One of four tokens is hidden, and stays so."""
+    g = torch.Generator().manual_seed(0)
+    q, p, n = (torch.randn(count, 16, generator=g, dtype=torch.float64) * 3 for count in (9, 5, 4))
+    vp, vn = (torch.randn(count, 16, generator=g, dtype=torch.float64) for count in (5, 4))
+    alphas = torch.tensor([alpha, alpha / 2, 0.0, alpha], dtype=torch.float64)
+    betas = torch.tensor([beta, beta, beta, math.inf], dtype=torch.float64)
+    hidden = torch.where(torch.isinf(betas), betas, 0.0)
+    weights = torch.cat([q @ p.T / 4, q @ n.T / 4 - hidden, q @ n.T / 4 - betas], dim=1).softmax(dim=1)
+    expected = weights @ torch.cat([vp, vn, -alphas[:, None] * vn])
+
+    new_alpha, new_beta = beside_plain(alphas.to(dtype)[None, :, None], betas.to(dtype)[None, None])
+    assert new_alpha.shape == (1, 4, 1) and new_beta.shape == (1, 1, 4) and new_beta[0, 0, 3] == math.inf
+    one = [t[None, None] for t in (q, p, vp, n, vn)]
+    result = cross_attention_reference(*one, new_alpha.double(), new_beta.double())
+    assert relative(result[0, 0], expected) < (1e-12 if dtype == torch.float64 else 3e-6)
+
+
+def test_beside_plain_takes_one_beta_for_all_tokens():
+    alpha, beta = torch.tensor([[[3.5], [6.0]]]), torch.zeros(1, 1, 1)
+    new_alpha, new_beta = beside_plain(alpha, beta)
+    assert new_alpha.flatten().tolist() == [1.25, 2.5]
+    torch.testing.assert_close(new_beta, torch.full((1, 1, 1), -math.log(2)))
 
 
 PATHS = pytest.mark.parametrize("path", ["merge", "mask", "fused", "reference"])

@@ -64,8 +64,8 @@ class VSFNegativeConditioning(io.ComfyNode):
                     max=20.0,
                     step=0.5,
                     optional=True,
-                    tooltip="Lambda of the paper's Eq. 10: moves the negative away from the empty prompt. 8 in the paper's "
-                    "Flux Schnell table; 0 is off. Needs text.",
+                    tooltip="Lambda of the paper's Eq. 10: moves the negative away from the empty prompt. 8 in the "
+                    "paper's Flux Schnell table; 0 is off. Needs text.",
                 ),
                 io.Mask.Input("mask", optional=True, tooltip="White: the negative acts here. Black: it does not."),
                 io.Float.Input(

@@ -30,7 +30,11 @@ class Piece:
 def pieces_of(text: str) -> list[Piece]:
     """``text`` taken apart. Raises ``ValueError`` for a weight that a negative cannot have, or a nameless embedding."""
     pieces: list[Piece] = []
-    for words, weight in token_weights(escape_important(text), 1.0):
+    try:
+        weighted = token_weights(escape_important(text), 1.0)
+    except RecursionError as error:
+        raise ValueError("VSF: the text's parentheses are nested too deep. Please change the text.") from error
+    for words, weight in weighted:
         for part in filter(None, re.split(rf"(?:^|(?<=\s))(?={_EMBEDDING})", unescape_important(words))):
             name = re.match(rf"{_EMBEDDING}\s*,*([^\s<\[]*[^\s<\[,])?", part)
             if name is not None:
@@ -80,14 +84,12 @@ def _bare(piece: Piece) -> str:
 
 @dataclass(frozen=True)
 class Reader:
-    """One of the tokenizers of a ComfyUI CLIP object. ``name``: for people; ``width``: channels of the embeddings that
-    its encoder takes, None where there is no encoder."""
+    """One of the tokenizers of a ComfyUI CLIP object. ``name``: for people."""
 
     clip: Any
     key: str
     tokenizer: Any
     name: str
-    width: int | None
 
     @classmethod
     def all_of(cls, clip: Any, segment: Segment) -> Iterator["Reader"]:
@@ -95,9 +97,7 @@ class Reader:
         loaded = segment.present(clip)
         for key, tokenizer in loaded.items():
             name = f"{segment.name}-{key.upper()}" if len(loaded) > 1 else segment.name
-            model = named(clip.cond_stage_model, key)
-            width = None if model is None else model.transformer.get_input_embeddings().weight.shape[-1]
-            yield cls(clip, key, tokenizer, name, width)
+            yield cls(clip, key, tokenizer, name)
 
     def read(self, text: str, pieces: Sequence[Piece], segment: Segment, empty: Chunks) -> tuple[Chunks, list[str]]:
         """The tokens of ``text``, of which ``pieces`` are the parts, and remarks on what they leave out. Of a text that
@@ -123,6 +123,12 @@ class Reader:
     def parses_weights(self) -> bool:
         """Whether parentheses are weights to it, and no words."""
         return ids_of(self.tokens("(a:1.5)")) == ids_of(self.tokens("a"))
+
+    @cached_property
+    def width(self) -> int | None:
+        """Channels of the embeddings that its encoder takes, None where there is no encoder."""
+        encoder = named(self.clip.cond_stage_model, self.key)
+        return None if encoder is None else encoder.transformer.get_input_embeddings().weight.shape[-1]
 
     def _loss(self) -> list[str]:
         """What the tokenizer does to any text."""
@@ -205,8 +211,7 @@ def tokenized(clip: Any, text: str) -> Tokens:
     try:
         return clip.tokenize(text)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        reason = "its parentheses are nested too deep" if isinstance(error, RecursionError) else shown(error)
-        raise ValueError(f"VSF: the text encoder cannot read the text: {reason}. Please change the text.") from error
+        raise ValueError(f"VSF: the text encoder cannot read the text: {shown(error)}. Please change it.") from error
 
 
 def _runs(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:

@@ -155,7 +155,7 @@ BROKEN = [
     with_text("half \ud83c", "VSF: character 6 of the text is not valid Unicode"),
     with_text("(roof:1e39)", "VSF: the negative's embedding has values that are NaN or infinite"),
     with_text("a roof", r"VSFNegativeConditioning .*: extrapolation", extrapolation=99),
-    with_text("(" * 2000 + "a" + ")" * 2000, "VSF: the text encoder cannot read the text: its parentheses"),
+    with_text("(" * 2000 + "a" + ")" * 2000, "VSF: the text.s parentheses are nested too deep"),
     without("patch.model"),
     without("negative.positive"),
     of_another_family,

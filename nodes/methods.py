@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from ..vsf_core import NAG, NASA, VSF, Method
+from ..vsf_core import NAG, NASA, ONG, VSF, Method
 from .checks import finite_number
 from .negative import negatives_of, same_mask
 
@@ -68,4 +68,12 @@ class _NASA(_Guided):
         return NASA()
 
 
-METHODS: dict[str, MethodChoice] = {choice.name: choice for choice in (MethodChoice(), _NAG(), _NASA())}
+class _ONG(_Guided):
+    name = "ong"
+    scale_input = "ong_scale"
+
+    def core(self, inputs: Mapping[str, float]) -> Method:
+        return ONG()
+
+
+METHODS: dict[str, MethodChoice] = {choice.name: choice for choice in (MethodChoice(), _NAG(), _NASA(), _ONG())}

@@ -52,7 +52,7 @@ def sweep(method: str, key: str, values: Iterable[float], **fixed: float) -> lis
 
 SCALES = (0.5, 1.0, 2.0, 3.3, 5.0, 8.0, 12.0)
 OFFSETS = (-1.2, -0.6, 0.0, 0.5, 1.0, 2.0)
-ONG = sweep("ong", "scale", (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0))
+ONG = sweep("ong", "scale", (0.5, 1.0, 1.5, 2.0, 3.0, 5.0))
 
 
 def all_jobs(family: str, split: str, quick: bool) -> list[Job]:
@@ -78,7 +78,7 @@ def all_jobs(family: str, split: str, quick: bool) -> list[Job]:
         Job("nag", {"phi": 20, "blend": 1.0, "tau": 5}),
         *sweep("nasa", "phi", (0.15, 0.25, 0.4, 0.5, 0.8)),
         *ONG,
-        *sweep("ong per head", "scale", (0.5, 1.0, 2.0)),
+        *sweep("ong per head", "scale", (2.0,)),
         *sweep("wef", "scale", (0.5, 1.0, 2.0)),
         *sweep("vsf padded", "scale", (0.5, 1.0, 3.3), offset=0.2),
     ]

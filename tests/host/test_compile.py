@@ -84,6 +84,7 @@ def test_no_graph_is_taken_for_another(pack, family, order):
     assert check(13, n=5, blocks="double:1") <= 1e-5
     assert check(13, n=5, method="nag") <= 1e-5
     assert check(13, n=7, method="nasa") <= 1e-5
+    assert check(13, n=7, method="ong") <= 1e-5
     assert check(13, n=5, method="nag", nag_tau=1.1) <= 1e-5
     assert check(13, n=5) <= 1e-5
     assert check(21) == 0.0

@@ -1,4 +1,4 @@
-"""NAG and NASA as methods of VSF Model Patch: every family's whole tiny models against their formulas, dense and in two
+"""NAG, NASA and ONG as methods of VSF Model Patch: every family's whole tiny models against their formulas, dense and in two
 attentions, on the oracle's seams."""
 
 import inspect
@@ -12,7 +12,8 @@ from oracle import oracle_model
 
 NAG = {"method": "nag", "nag_scale": 3.0, "nag_alpha": 0.5, "nag_tau": 1.2}
 NASA = {"method": "nasa", "nasa_scale": 0.3}
-METHODS = {"nag": NAG, "nasa": NASA}
+ONG = {"method": "ong", "ong_scale": 3.0}
+METHODS = {"nag": NAG, "nasa": NASA, "ong": ONG}
 
 
 def nag(z_pos, z_neg, s=3.0, alpha=0.5, tau=1.2):
@@ -25,7 +26,12 @@ def nasa(z_pos, z_neg):
     return z_pos - 0.3 * z_neg
 
 
-GUIDES = {"nag": nag, "nasa": nasa}
+def ong(z_pos, z_neg, w=3.0):
+    unit = torch.nn.functional.normalize(z_pos, dim=-1)  # over all heads
+    return z_pos - w * (z_neg - (z_neg * unit).sum(-1, keepdim=True) * unit)
+
+
+GUIDES = {"nag": nag, "nasa": nasa, "ong": ong}
 
 
 @pytest.fixture
@@ -53,6 +59,13 @@ def test_parity(pack, name):
     assert relative(case.run(model, positive, **run), expected) > 1e-4  # and it matters
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_parity_of_ong(pack, name):
+    """It looks at all heads of a token at once, however a family has them."""
+    case, model = CASES[name], model_of(name)
+    assert_close(*both(pack, case, model, patch=ONG, expect={"guide": ong}, steps=1))
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["sd3", "flux", "wan"])
@@ -74,7 +87,11 @@ def test_blocks_and_masks(pack, case, model, method):
 
 @pytest.mark.parametrize(
     ("method", "strength", "guide"),
-    [("nasa", 2.0, lambda a, b: a - 0.6 * b), ("nag", 0.5, lambda a, b: nag(a, b, s=2.0))],
+    [
+        ("nasa", 2.0, lambda a, b: a - 0.6 * b),
+        ("nag", 0.5, lambda a, b: nag(a, b, s=2.0)),
+        ("ong", 0.5, lambda a, b: ong(a, b, w=1.5)),
+    ],
 )
 def test_strength_multiplies_phi(pack, case, model, method, strength, guide):
     expect = {"guide": guide}
@@ -110,7 +127,7 @@ def test_outside_the_window_is_stock_to_the_bit(pack, model, method):
 def test_vsf_is_the_default_and_pays_no_heed_to_the_others_inputs(pack, model):
     given = pack.negative(conditioning(), negative=[[text(5, 5), {}]])
     plain = sample(pack.patch(model), given)
-    assert torch.equal(sample(pack.patch(model, method="vsf", nag_scale=50.0, nasa_scale=3.0), given), plain)
+    assert torch.equal(sample(pack.patch(model, method="vsf", nag_scale=50.0, nasa_scale=3.0, ong_scale=3.0), given), plain)
     other = sample(pack.patch(model, **NAG), given)
     assert torch.equal(sample(pack.patch(model, **NAG, scale=9.0, offset=5.0, nasa_scale=3.0), given), other)
     assert relative(other, plain) > 1e-3
@@ -140,10 +157,12 @@ def test_the_log_says_which(pack, model, caplog):
 def test_what_cannot_work_is_refused(pack, model):
     with pytest.raises(ValueError, match="layout released works only with method vsf, and method is nag"):
         pack.patch(model, **NAG, layout="released")
-    with pytest.raises(ValueError, match='method must be one of vsf, nag, nasa, got "sag"'):
+    with pytest.raises(ValueError, match='method must be one of vsf, nag, nasa, ong, got "sag"'):
         pack.patch(model, method="sag")
     with pytest.raises(ValueError, match="nag_tau"):
         pack.patch(model, method="nag", nag_tau=float("nan"))
+    with pytest.raises(ValueError, match="ong_scale"):
+        pack.patch(model, method="ong", ong_scale=float("inf"))
     one = pack.negative(conditioning(), negative=[[text(5, 5), {}]])
     two = pack.negative(one, negative=[[text(4, 6), {}]], strength=0.5)
     with pytest.raises(ValueError, match="method nasa takes several negatives as one, but 2 here differ in strength"):
@@ -187,6 +206,6 @@ def test_the_nodes_own_numbers_are_the_schemas(pack):
     node = pack.mapping["VSFModelPatch"]
     schema = {i.id: i for i in node.define_schema().inputs}
     given = inspect.signature(node.execute).parameters
-    for name in ("method", "nag_scale", "nag_alpha", "nag_tau", "nasa_scale"):
+    for name in ("method", "nag_scale", "nag_alpha", "nag_tau", "nasa_scale", "ong_scale"):
         assert schema[name].default == given[name].default
         assert schema[name].optional and schema[name].advanced

@@ -1,5 +1,5 @@
-"""NAG, NASA and ONG as methods of VSF Model Patch: every family's whole tiny models against their formulas, dense and in two
-attentions, on the oracle's seams."""
+"""NAG, NASA and ONG as methods of VSF Model Patch: every family's whole tiny models against their formulas, dense and in
+two attentions, on the oracle's seams."""
 
 import inspect
 import logging
@@ -127,7 +127,9 @@ def test_outside_the_window_is_stock_to_the_bit(pack, model, method):
 def test_vsf_is_the_default_and_pays_no_heed_to_the_others_inputs(pack, model):
     given = pack.negative(conditioning(), negative=[[text(5, 5), {}]])
     plain = sample(pack.patch(model), given)
-    assert torch.equal(sample(pack.patch(model, method="vsf", nag_scale=50.0, nasa_scale=3.0, ong_scale=3.0), given), plain)
+    assert torch.equal(
+        sample(pack.patch(model, method="vsf", nag_scale=50.0, nasa_scale=3.0, ong_scale=3.0), given), plain
+    )
     other = sample(pack.patch(model, **NAG), given)
     assert torch.equal(sample(pack.patch(model, **NAG, scale=9.0, offset=5.0, nasa_scale=3.0), given), other)
     assert relative(other, plain) > 1e-3

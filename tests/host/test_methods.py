@@ -1,4 +1,4 @@
-"""NAG, NASA and ONG as methods of VSF Model Patch: every family's whole tiny models against their formulas, dense and in
+"""NAG, NASA and ONG as methods of VSF Model Patch: each family's whole tiny models against their formulas, dense and in
 two attentions, on the oracle's seams."""
 
 import inspect

@@ -58,16 +58,17 @@ ONG = {"joint": (0.5, 1.0, 1.5, 2.0, 3.0, 5.0), "cross": (0.1, 0.2, 0.3, 0.4, 0.
 
 def all_jobs(family: str, split: str, quick: bool) -> list[Job]:
     """What to run. On validation pairs only what is chosen there."""
+    ong = ONG["cross" if family == "wan" else "joint"]
     if quick:
         some = [*sweep("vsf", "scale", SCALES[1::2], offset=0.2), Job("vsf", {"scale": 3.3, "offset": 1.0})]
         others = [Job("cfg", {"cfg": 3.0}), Job("nag", {"phi": 11, "blend": 0.5, "tau": 5}), Job("nasa", {"phi": 0.4})]
+        others.append(Job("ong", {"scale": ong[3]}))
         return [Job("none", {}), *some, *others] if split == "test" else []
     ours = [
         Job("none", {}),
         *sweep("vsf", "scale", SCALES, offset=0.2),
         *(Job("vsf", {"scale": 3.3, "offset": offset}) for offset in OFFSETS),
     ]
-    ong = ONG["cross" if family == "wan" else "joint"]
     if split == "validation":
         return [*ours, *sweep("ong", "scale", ong)]
     others = [
@@ -236,15 +237,16 @@ def draw_charts(rows: Sequence[Mapping[str, Any]], out: Path, family: str) -> No
         chart(out / f"{key}.png", f"{family}: VSF's {key} ({other} {fixed})", key, "score", curves)
 
 
-def draw_contact_sheet(toy: Toy, chosen: Settings | None, out: Path, every: int = 1) -> None:
+def draw_contact_sheet(toy: Toy, chosen: Mapping[str, Settings | None], out: Path, every: int = 1) -> None:
     import world
     from charts import contact_sheet
 
     columns = {
         "nothing": ("none", {}),
-        "VSF": ("vsf", chosen or {"scale": 2.0, "offset": 0.2}),
+        "VSF": ("vsf", chosen["vsf"] or {"scale": 2.0, "offset": 0.2}),
         "NAG 11 / 0.5 / 5": ("nag", {"phi": 11, "blend": 0.5, "tau": 5}),
         "NASA 0.4": ("nasa", {"phi": 0.4}),
+        "ONG": ("ong", chosen["ong"] or {"scale": 1.0}),
         "CFG 3": ("cfg", {"cfg": 3.0}),
     }
     seeds = [FIRST_SEED["test"], FIRST_SEED["test"] + 1]
@@ -298,7 +300,7 @@ def main() -> None:
         text = table(family_rows, chosen)
         (out / "table.md").write_text(text + "\n")
         draw_charts(family_rows, out, family)
-        draw_contact_sheet(toy, chosen["vsf"], out, every=4 if options.quick else 1)
+        draw_contact_sheet(toy, chosen, out, every=4 if options.quick else 1)
         print(f"{text}\n\n{family}: settings chosen on validation pairs: {chosen}; charts: {out}", flush=True)
         rows += family_rows
     if options.json:

@@ -144,7 +144,7 @@ class VSFModelPatch(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="Method ong: how much is taken away of what the negative would make and the positive would "
-                    "not; 0 is nothing. From this project's toys: 2 suited SD3 and Flux, 0.4 Wan. The paper's own "
+                    "not; 0 is nothing. Chosen on this project's toys: 2 for SD3 and Flux, 0.4 for Wan. The paper's own "
                     "numbers are not known here.",
                 ),
             ],

@@ -144,8 +144,8 @@ class VSFModelPatch(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="Method ong: how much is taken away of what the negative would make and the positive would "
-                    "not; 0 is nothing. Chosen on this project's toys: 2 for SD3 and Flux, 0.4 for Wan. The paper's own "
-                    "numbers are not known here.",
+                    "not; 0 is nothing. Chosen on this project's toys: 2 for SD3 and Flux, 0.4 for Wan. The paper's "
+                    "own numbers are not known here.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The patched model, for any sampler or guider.")],

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ..vsf_core import NAG, NASA, VSF, Method
+from ..vsf_core import NAG, NASA, ONG, VSF, Method
 from .checks import finite_number
 from .negative import Negative, negatives_of, same_mask
 
@@ -77,4 +77,12 @@ class _NASA(_Guided):
         return NASA()
 
 
-METHODS: dict[str, MethodChoice] = {choice.name: choice for choice in (MethodChoice(), _NAG(), _NASA())}
+class _ONG(_Guided):
+    name = "ong"
+    scale_input = "ong_scale"
+
+    def core(self, inputs: Mapping[str, float]) -> Method:
+        return ONG()
+
+
+METHODS: dict[str, MethodChoice] = {choice.name: choice for choice in (MethodChoice(), _NAG(), _NASA(), _ONG())}

@@ -92,8 +92,8 @@ class VSFModelPatch(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="vsf: value sign flip, with scale, offset and layout. nag: normalized attention guidance. "
-                    "nasa: negative-aware attention. All in one pass, each with its own inputs below; the others' are "
-                    "not used.",
+                    "nasa: negative-aware attention. ong: orthogonal negative guidance, as this project reads its "
+                    "paper's abstract. All in one pass, each with its own inputs below; the others' are not used.",
                 ),
                 io.Float.Input(
                     "nag_scale",
@@ -139,6 +139,18 @@ class VSFModelPatch(io.ComfyNode):
                     tooltip="Method nasa: phi, how much of what the negative would make is taken away. Usually 0.15 to "
                     "0.25; the paper tries up to 0.5.",
                 ),
+                io.Float.Input(
+                    "ong_scale",
+                    default=2.0,
+                    min=-20.0,
+                    max=20.0,
+                    step=0.05,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Method ong: how much is taken away of what the negative would make and the positive would "
+                    "not; 0 is nothing. Chosen on this project's toys: 2 for SD3 and Flux, 0.4 for Wan. The paper's "
+                    "own numbers are not known here.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The patched model, for any sampler or guider.")],
         )
@@ -159,13 +171,14 @@ class VSFModelPatch(io.ComfyNode):
         nag_alpha: float = 0.25,
         nag_tau: float = 2.5,
         nasa_scale: float = 0.25,
+        ong_scale: float = 2.0,
     ) -> io.NodeOutput:
         scale, offset = finite_number("scale", scale), finite_number("offset", offset)
         start, end = interval("start_percent", start_percent, "end_percent", end_percent)
         one_of("layout", layout, LAYOUTS)
         one_of("method", method, list(METHODS))
-        chosen, scales = METHODS[method], {"scale": scale, "nag_scale": nag_scale, "nasa_scale": nasa_scale}
-        scale = finite_number(chosen.scale_input, scales[chosen.scale_input])
+        chosen, scales = METHODS[method], {"nag_scale": nag_scale, "nasa_scale": nasa_scale, "ong_scale": ong_scale}
+        scale = finite_number(chosen.scale_input, {"scale": scale, **scales}[chosen.scale_input])
         offset = offset if chosen.has_offset else 0.0
         arithmetic = chosen.core({"nag_alpha": nag_alpha, "nag_tau": nag_tau})
         if model is None:

@@ -24,10 +24,11 @@ its cache; on a GPU each further chunk is a few more kernels to launch."""
 class NegativeTerms:
     """How the image sees the negative.
 
-    alpha [B or 1, N or 1, 1]: VSF's scale of the flipped values; the phi of NAG and NASA, which take the first token's.
+    alpha [B or 1, N or 1, 1]: VSF's scale of the flipped values; the phi of NAG, NASA and ONG, which take the first
+    token's.
     beta [B or 1, I or 1, N or 1], fp32: the offset, taken off the logits; +inf where an image token does not see a
-    token of the negative, None where none does. An image token takes exp(-beta) of NAG's and NASA's steering, for its
-    lowest beta. padding: bool [B or 1, N], True where a token is only padding.
+    token of the negative, None where none does. An image token takes exp(-beta) of such a steering, for its lowest
+    beta. padding: bool [B or 1, N], True where a token is only padding.
     """
 
     alpha: Tensor

@@ -258,7 +258,7 @@ def _check_shapes(
 
 
 def halved(tile: Tiles) -> Tiles:
-    """For NAG and NASA, which keep two accumulators."""
+    """For methods that steer, which keep two accumulators."""
     return tile._replace(keys=max(32, tile.keys // 2))
 
 

@@ -4,7 +4,7 @@ The forward pass of FlashAttention-2 (arXiv 2307.08691) over keys in an order of
 one group, so that all of it sees the same keys:
 
 ======= ================================================== ======================================================
-queries VSF                                                NAG and NASA (``two``)
+queries VSF                                                NAG, NASA, ONG (``two``)
 ======= ================================================== ======================================================
 I       I, P, then N: logits less beta, times -alpha       I; from there P makes Z+, and from there N makes Z-
 P       I, P                                               I, P

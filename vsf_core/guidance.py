@@ -1,5 +1,5 @@
 """Guidance in one pass: the image steered away from what its attention would be with the negative in the positive's
-place. ``Steer`` says how: NAG's formula or NASA's (``methods.py``).
+place. ``Steer`` says how: NAG's formula, NASA's or ONG's (``methods.py``).
 
 In joint attention, Z+ is over [I, P] and Z- over [I, N]: both grow by log-sum-exp out of one attention over I, so that
 nothing but two slivers is added.
@@ -43,5 +43,5 @@ def steer_(z: Tensor, z_neg: Tensor, steer: Steer, negative: NegativeTerms) -> T
         z_pos, part = z[:, :, rows], presence[:, :, rows] if presence.shape[2] > 1 else presence
         step = z_pos - z_neg[:, :, rows]
         a, b = steer(z_pos, step, phi, part)
-        z_pos.mul_(a).addcmul_(step, b)  # in fp32, one rounding each
+        z_pos.copy_((z_pos * a).addcmul_(step, b))  # in fp32: what is added up may be larger than the sum
     return z

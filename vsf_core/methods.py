@@ -1,13 +1,13 @@
-"""The door: ``attend_joint`` and ``attend_cross`` do with a negative what a method does (VSF, NAG, NASA), in the best
-way that a backend allows. Nobody else has to know which ways there are:
+"""The door: ``attend_joint`` and ``attend_cross`` do with a negative what a method does (VSF, NAG, NASA, ONG), in the
+best way that a backend allows. Nobody else has to know which ways there are:
 
 ========= =================== ======================================= ==========================================
 method    fused kernel        with a log-sum-exp                      black box, maybe under a mask of the caller's
 ========= =================== ======================================= ==========================================
 VSF       one launch          one attention over [P, I], a sliver     one attention over all, with masks of one
                               merged in                               row
-NAG, NASA one launch for Z+   joint: one attention over I, and        joint: over [P, I], and over all with masks
-          and Z-, a few more  slivers                                 of one row
+NAG,      one launch for Z+   joint: one attention over I, and        joint: over [P, I], and over all with masks
+NASA, ONG and Z-, a few more  slivers                                 of one row
           for the formula     cross: as on the right                  cross: two attentions, over P and over N
 ========= =================== ======================================= ==========================================
 
@@ -71,7 +71,8 @@ class NAG(Guidance):
 
     def __call__(self, z_pos: Tensor, step: Tensor, phi: Tensor, presence: Tensor) -> tuple[Tensor, Tensor]:
         steered = torch.addcmul(z_pos, step, phi)  # fp32: phi may be large
-        kept = (self.tau * _length(z_pos) / _length(steered)).clamp_max(1.0) * self.alpha
+        longest = self.tau * _length(z_pos).clamp_min(1e-6)
+        kept = (longest / _length(steered).clamp_min(1e-6)).clamp_max(1.0) * self.alpha
         return 1 + presence * (kept - self.alpha), presence * kept * phi
 
     def on(self, device: torch.device) -> "NAG":
@@ -87,10 +88,34 @@ class NASA(Guidance):
         return 1 - moved, moved
 
 
-def _length(z: Tensor) -> Tensor:
-    """L1 norm over heads and channels, in fp32 at least, [B, 1, I, 1]."""
+@dataclass(frozen=True)
+class ONG(Guidance):
+    """Orthogonal Negative Guidance, arXiv 2605.29390: only the part of Z- that is orthogonal to Z+ is taken away::
+
+        Z = Z+ - phi (Z- - c Z+)    c = <Z-, Z+> / <Z+, Z+>
+
+    This is a reading of the paper's abstract ("orthogonalizes negative-prompt attention features with respect to
+    positive-prompt features and subtracts only the orthogonal component"); more of it was not to be had. What the
+    abstract leaves open is done as NAG does it: a vector is an image token's over all heads, which is what attention
+    puts out, before the output projection; Z- has N in P's place. Of a Z+ of 0 any Z- is orthogonal to it.
+    """
+
+    def __call__(self, z_pos: Tensor, step: Tensor, phi: Tensor, presence: Tensor) -> tuple[Tensor, Tensor]:
+        moved = presence * phi
+        return 1 - moved * _along(step, z_pos), moved  # <Z+ - Z-, Z+> / <Z+, Z+> is 1 - c
+
+
+def _length(z: Tensor, order: float = 1) -> Tensor:
+    """A norm over heads and channels, L1 unless said, in fp32 at least, [B, 1, I, 1]."""
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
-    return torch.linalg.vector_norm(z, 1, dim=(1, 3), keepdim=True, dtype=dtype).clamp_min(1e-6)
+    return torch.linalg.vector_norm(z, order, dim=(1, 3), keepdim=True, dtype=dtype)
+
+
+def _along(a: Tensor, b: Tensor) -> Tensor:
+    """<a, b> / <b, b> over heads and channels, in fp32 at least, [B, 1, I, 1]; 0 where b is 0."""
+    largest = _length(b, torch.inf).clamp_min(1e-30)
+    unit = b / largest  # its squares neither overflow nor vanish
+    return (a * unit).sum((1, 3), keepdim=True) / (_length(unit, 2).square().clamp_min(1.0) * largest)
 
 
 def attend_joint(

@@ -1,9 +1,9 @@
 """Other ways to use a negative at cfg 1, and VSF's ablations, on the pack's hooks.
 
 A rule sees one attention call over text: joint over [N, P, I] (negative text, positive text, image), or in Wan the
-image's queries over [N, P]. Formulas of NAG and NASA: Normalized Attention Guidance, and Negative-Aware
-Self-Attention, per token and before the output projection, for image tokens only. The negative's own stream reads the
-image and itself, as it would in a second pass.
+image's queries over [N, P]. Formulas of NAG, NASA and ONG: Normalized Attention Guidance, Negative-Aware
+Self-Attention, and Orthogonal Negative Guidance as this project reads its abstract, per token and before the output
+projection, for image tokens only. The negative's own stream reads the image and itself, as it would in a second pass.
 """
 
 from collections.abc import Callable
@@ -104,6 +104,21 @@ def nag(phi: float, blend: float, tau: float) -> Rule:
 def nasa(phi: float) -> Rule:
     """Z+ - phi Z-."""
     return guided(lambda z_pos, z_neg: z_pos - phi * z_neg)
+
+
+def ong(scale: float, per_head: bool = False) -> Rule:
+    """Z+ less ``scale`` times the part of Z- that is orthogonal to Z+: of a token's vector over all heads, or of each
+    head's."""
+    over = 3 if per_head else (1, 3)
+
+    def dot(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum(over, keepdim=True)
+
+    def combine(z_pos: Tensor, z_neg: Tensor) -> Tensor:
+        along = dot(z_neg, z_pos) / dot(z_pos, z_pos).clamp_min(1e-12)
+        return z_pos - scale * (z_neg - along * z_pos)
+
+    return guided(combine)
 
 
 def vsf_without_mask(scale: float, offset: float) -> Rule:

@@ -63,6 +63,7 @@ SETTINGS = {
     "nasa": Setting({"method": "nasa", "nasa_scale": 0.3}, 1),
 }
 MORE = {
+    "ong": Setting({"method": "ong", "ong_scale": 1.0}, 1),
     "a mask": Setting({}, 1, masked=True),
     "batch 2, cfg 2.5, odd size": Setting({}, 1, size=1, run={"batch": 2, "cfg": 2.5}),
     "two negatives": Setting({}, 2),

@@ -4,8 +4,8 @@
 
 Scores: positive, the object is there; negative, the unwanted part is gone; quality, the share of pixels whose colour
 the world's renderer could have drawn. Intervals are 95% bootstraps over (object, part) pairs, and over pictures within
-them. Validation pairs choose VSF's setting, test pairs (other objects, other seeds) measure it. Results are appended
-to DIR/results.jsonl as they come, and what is there already is not sampled again.
+them. Validation pairs choose VSF's and ONG's settings, test pairs (other objects, other seeds) measure them. Results
+are appended to DIR/results.jsonl as they come, and what is there already is not sampled again.
 """
 
 import argparse
@@ -23,9 +23,11 @@ from sampling import WEIGHTS, Case, Toy, cases, fingerprint, open_comfyui, score
 
 Settings = dict[str, Any]
 FIRST_SEED = {"validation": 1000, "test": 2000}
+CHOSEN = ("vsf", "ong")
+"""Methods whose setting is chosen; the others have those of their papers."""
 KEEP_OBJECT, KEEP_QUALITY = 0.90, 0.95
-"""VSF's setting is the one that removes most on validation pairs among those that keep the object this often, and this
-share of the quality without any negative."""
+"""The setting chosen is the one that removes most on validation pairs among those that keep the object this often, and
+this share of the quality without any negative."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,17 @@ def sweep(method: str, key: str, values: Iterable[float], **fixed: float) -> lis
 
 SCALES = (0.5, 1.0, 2.0, 3.3, 5.0, 8.0, 12.0)
 OFFSETS = (-1.2, -0.6, 0.0, 0.5, 1.0, 2.0)
+ONG = {"joint": (0.5, 1.0, 1.5, 2.0, 3.0, 5.0), "cross": (0.1, 0.2, 0.3, 0.4, 0.5, 1.0)}
+"""Its scales: in cross-attention there is no image in Z+ and Z-, and more of Z- is orthogonal to Z+."""
 
 
 def all_jobs(family: str, split: str, quick: bool) -> list[Job]:
     """What to run. On validation pairs only what is chosen there."""
+    ong = ONG["cross" if family == "wan" else "joint"]
     if quick:
         some = [*sweep("vsf", "scale", SCALES[1::2], offset=0.2), Job("vsf", {"scale": 3.3, "offset": 1.0})]
         others = [Job("cfg", {"cfg": 3.0}), Job("nag", {"phi": 11, "blend": 0.5, "tau": 5}), Job("nasa", {"phi": 0.4})]
+        others.append(Job("ong", {"scale": ong[3]}))
         return [Job("none", {}), *some, *others] if split == "test" else []
     ours = [
         Job("none", {}),
@@ -64,7 +70,7 @@ def all_jobs(family: str, split: str, quick: bool) -> list[Job]:
         *(Job("vsf", {"scale": 3.3, "offset": offset}) for offset in OFFSETS),
     ]
     if split == "validation":
-        return ours
+        return [*ours, *sweep("ong", "scale", ong)]
     others = [
         *sweep("cfg", "cfg", (2.0, 3.0, 4.0), steps=8),
         *sweep("cfg", "cfg", (4.0,), steps=28),
@@ -74,6 +80,8 @@ def all_jobs(family: str, split: str, quick: bool) -> list[Job]:
         Job("nag", {"phi": 20, "blend": 0.5, "tau": 5}),
         Job("nag", {"phi": 20, "blend": 1.0, "tau": 5}),
         *sweep("nasa", "phi", (0.15, 0.25, 0.4, 0.5, 0.8)),
+        *sweep("ong", "scale", ong),
+        *sweep("ong per head", "scale", ong[2:5]),
         *sweep("wef", "scale", (0.5, 1.0, 2.0)),
         *sweep("vsf padded", "scale", (0.5, 1.0, 3.3), offset=0.2),
         *sweep("vsf", "scale", (3.8,), offset=0.2),
@@ -181,23 +189,23 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def choose(rows: Sequence[Mapping[str, Any]]) -> Settings | None:
-    """VSF's setting: decided on validation rows alone."""
+def choose(rows: Sequence[Mapping[str, Any]], method: str = "vsf") -> Settings | None:
+    """A method's setting: decided on validation rows alone."""
     rows = [row for row in rows if row["split"] == "validation"]
     least = max((KEEP_QUALITY * row["quality"] for row in rows if row["method"] == "none"), default=0.0)
-    ours = [row for row in rows if row["method"] == "vsf"]
+    ours = [row for row in rows if row["method"] == method]
     keeping = [row for row in ours if row["positive"] >= KEEP_OBJECT and row["quality"] >= least]
     return max(keeping, key=lambda row: row["negative"])["settings"] if keeping else None
 
 
-def table(rows: Sequence[Mapping[str, Any]], chosen: Settings | None) -> str:
+def table(rows: Sequence[Mapping[str, Any]], chosen: Mapping[str, Settings | None]) -> str:
     """Markdown."""
     lines = [
         "| split | method | settings | positive | negative | quality | images |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        mark = " (chosen)" if row["method"] == "vsf" and row["settings"] == chosen else ""
+        mark = " (chosen)" if row["settings"] == chosen.get(row["method"]) else ""
         cells = [row["split"], row["method"], Job(row["method"], row["settings"]).note + mark]
         for name in ("positive", "negative", "quality"):
             low, high = row[f"{name}_interval"]
@@ -231,15 +239,16 @@ def draw_charts(rows: Sequence[Mapping[str, Any]], out: Path, family: str) -> No
         chart(out / f"{key}.png", f"{family}: VSF's {key} ({other} {fixed})", key, "score", curves)
 
 
-def draw_contact_sheet(toy: Toy, chosen: Settings | None, out: Path, every: int = 1) -> None:
+def draw_contact_sheet(toy: Toy, chosen: Mapping[str, Settings | None], out: Path, every: int = 1) -> None:
     import world
     from charts import contact_sheet
 
     columns = {
         "nothing": ("none", {}),
-        "VSF": ("vsf", chosen or {"scale": 2.0, "offset": 0.2}),
+        "VSF": ("vsf", chosen["vsf"] or {"scale": 2.0, "offset": 0.2}),
         "NAG 11 / 0.5 / 5": ("nag", {"phi": 11, "blend": 0.5, "tau": 5}),
         "NASA 0.4": ("nasa", {"phi": 0.4}),
+        "ONG": ("ong", chosen["ong"] or {"scale": 1.0}),
         "CFG 3": ("cfg", {"cfg": 3.0}),
     }
     seeds = [FIRST_SEED["test"], FIRST_SEED["test"] + 1]
@@ -289,12 +298,12 @@ def main() -> None:
         path = options.weights / f"{family}.safetensors"
         toy = Toy(family, path)
         family_rows = summarise(sample_all(toy, fingerprint(path), options))
-        chosen = choose(family_rows)
+        chosen = {method: choose(family_rows, method) for method in CHOSEN}
         text = table(family_rows, chosen)
         (out / "table.md").write_text(text + "\n")
         draw_charts(family_rows, out, family)
         draw_contact_sheet(toy, chosen, out, every=4 if options.quick else 1)
-        print(f"{text}\n\n{family}: VSF's setting, chosen on validation pairs: {chosen}; charts: {out}", flush=True)
+        print(f"{text}\n\n{family}: settings chosen on validation pairs: {chosen}; charts: {out}", flush=True)
         rows += family_rows
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")

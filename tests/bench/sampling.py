@@ -137,6 +137,8 @@ class Toy:
         rules: dict[str, Callable[..., baselines.Rule]] = {
             "nag": baselines.nag,
             "nasa": baselines.nasa,
+            "ong": baselines.ong,
+            "ong per head": partial(baselines.ong, per_head=True),
             "vsf no mask": baselines.vsf_without_mask,
             "vsf no duplication": baselines.vsf_without_duplication,
         }

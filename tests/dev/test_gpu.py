@@ -122,7 +122,7 @@ def test_the_real_checks_and_times_on_the_cpu(type_in):
     sd3, wan = found["sd3"], found["wan"]
     assert sd3[0] == "yes" and re.fullmatch(r"0\.0 \(\de-0[67]\)", sd3[1]) and sd3[3] == "not run"  # ways differ so
     assert re.fullmatch(r"\*\*2 failed\*\*, \d\.\d \(\de-03\)", sd3[2])
-    assert wan[0] == "no" and wan[1].startswith("**1 failed**, 0.0 (") and wan[2] == "**11 failed**"
+    assert wan[0] == "no" and wan[1].startswith("**1 failed**, 0.0 (") and wan[2] == "**12 failed**"
     assert re.fullmatch(r"\*\*1 failed\*\*, \d\.\d \(\de-0[34]\)", wan[3])  # the next process went on
     assert "- left to VSF: " in text and "- VSF_ATTENTION=merge: " in text
     plain, *methods = found["tiny, bf16"]
@@ -134,7 +134,7 @@ def test_the_real_checks_and_times_on_the_cpu(type_in):
         "- sd3, bf16: mask: `ValueError: no |mask| today",
         "- wan, fp32: VSF: `AssertionError: two runs of one seed differ, although stock's do not",
         "- wan, bf16: off: `RuntimeError: CUDA error: misaligned address",
-        "- wan, bf16: VSF; merge; fused; mask; reference; nag; nasa; a mask; batch 2, cfg 2.5, odd size; ",
+        "- wan, bf16: VSF; merge; fused; mask; reference; nag; nasa; ong; a mask; batch 2, cfg 2.5, odd size; ",
         "- wan, fp16: off: `AssertionError: not bit-identical to stock: patch alone",
     ]
     for line, start in zip(failed, starts, strict=True):
@@ -143,7 +143,7 @@ def test_the_real_checks_and_times_on_the_cpu(type_in):
     assert "lost with off: the process ended (exit status 3): the GPU no longer works in this process" in failed[4]
     assert {"- time: sd3, fp16", "- needs a GPU and Triton: fused: tiny, bf16"} <= set(under(text, "Not run"))
     assert text.endswith("https://github.com/comfyui-vsf/ComfyUI-VSF/issues/new\n")
-    assert "checks: wan, fp16: 10 ok, 1 failed, 1 skipped" in progress and str(Path.home()) not in text
+    assert "checks: wan, fp16: 11 ok, 1 failed, 1 skipped" in progress and str(Path.home()) not in text
 
 
 def test_if_all_is_right_the_status_is_zero(type_in):

@@ -25,8 +25,8 @@ class Expect:
 
     negative [1, n, C]; alpha: float or [n]; beta: float; keep: [I, n] in 0..1, for a UNet a dict of these by I, or
     None; blocks: indices that see N, counted over all blocks that have text; pooled [1, C']: the negative's, where the
-    released pipeline mixes it in; guide: NAG or NASA in VSF's place, (Z+, Z-) -> Z [B, I, H*D], where one of a token's
-    ``keep`` tells how much of that it takes.
+    released pipeline mixes it in; guide: NAG, NASA or ONG in VSF's place, (Z+, Z-) -> Z [B, I, H*D], where one of a
+    token's ``keep`` tells how much of that it takes.
     """
 
     positive: torch.Tensor
@@ -121,7 +121,7 @@ def listing_1(q, k, v, heads, image, positive, n, expect, block, user_mask=None,
 
 
 def steered(z, i, z_neg, expect, acts):
-    """z [B, L, H*D], whose rows ``i`` are Z+, with NAG's or NASA's result there."""
+    """z [B, L, H*D], whose rows ``i`` are Z+, with the guide's result there."""
     share = torch.tensor(float(acts)) if expect.keep is None else expect.keep.double().amax(-1)[:, None] * acts
     z[:, i] += share * (expect.guide(z[:, i], z_neg[:, i]) - z[:, i])
     return z

@@ -1,5 +1,5 @@
-"""NAG and NASA as methods of VSF Model Patch: every family's whole tiny models against their formulas, dense and in two
-attentions, on the oracle's seams."""
+"""NAG, NASA and ONG as methods of VSF Model Patch: each family's whole tiny models against their formulas, dense and in
+two attentions, on the oracle's seams."""
 
 import inspect
 import logging
@@ -15,7 +15,8 @@ import nodes
 
 NAG = {"method": "nag", "nag_scale": 3.0, "nag_alpha": 0.5, "nag_tau": 1.2}
 NASA = {"method": "nasa", "nasa_scale": 0.3}
-METHODS = {"nag": NAG, "nasa": NASA}
+ONG = {"method": "ong", "ong_scale": 3.0}
+METHODS = {"nag": NAG, "nasa": NASA, "ong": ONG}
 
 
 def nag(z_pos, z_neg, s=3.0, alpha=0.5, tau=1.2):
@@ -28,7 +29,12 @@ def nasa(z_pos, z_neg):
     return z_pos - 0.3 * z_neg
 
 
-GUIDES = {"nag": nag, "nasa": nasa}
+def ong(z_pos, z_neg, w=3.0):
+    unit = torch.nn.functional.normalize(z_pos, dim=-1)  # over all heads
+    return z_pos - w * (z_neg - (z_neg * unit).sum(-1, keepdim=True) * unit)
+
+
+GUIDES = {"nag": nag, "nasa": nasa, "ong": ong}
 
 
 @pytest.fixture
@@ -58,7 +64,7 @@ def test_parity(pack, name):
 
 @pytest.mark.parametrize("name", ["sd3", "flux", "wan"])
 def test_padding_follows_the_method(pack, name, tmp_path):
-    """NAG and NASA as published: the negative is a prompt like any other, with its padding. VSF takes words alone."""
+    """NAG and NASA as published, and ONG: N is a prompt like any other, with its padding. VSF takes words alone."""
     clip = {
         "sd3": lambda: make_clip(clip_l=False, clip_g=False),
         "flux": lambda: make_flux_clip(pooled=64),
@@ -68,7 +74,7 @@ def test_padding_follows_the_method(pack, name, tmp_path):
     padded = nodes.CLIPTextEncode().encode(clip, "a roof")[0]
     words = [[pack.negative(padded, clip=clip, text="a roof")[0][1]["vsf_negatives"][0].tokens, {}]]
     positive = case.prompt()
-    for settings, given, other in ((NAG, padded, words), (NASA, padded, words), ({}, words, padded)):
+    for settings, given, other in (*((method, padded, words) for method in METHODS.values()), ({}, words, padded)):
         patched = pack.patch(model, **settings)
         run = [
             case.run(patched, pack.negative(positive, **kw))
@@ -76,6 +82,13 @@ def test_padding_follows_the_method(pack, name, tmp_path):
         ]
         assert torch.equal(run[0], run[1])
         assert relative(run[2], run[1]) > 1e-6
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parity_of_ong(pack, name):
+    """It looks at all heads of a token at once, however a family has them."""
+    case, model = CASES[name], model_of(name)
+    assert_close(*both(pack, case, model, patch=ONG, expect={"guide": ong}, steps=1))
 
 
 @pytest.mark.smoke
@@ -99,7 +112,11 @@ def test_blocks_and_masks(pack, case, model, method):
 
 @pytest.mark.parametrize(
     ("method", "strength", "guide"),
-    [("nasa", 2.0, lambda a, b: a - 0.6 * b), ("nag", 0.5, lambda a, b: nag(a, b, s=2.0))],
+    [
+        ("nasa", 2.0, lambda a, b: a - 0.6 * b),
+        ("nag", 0.5, lambda a, b: nag(a, b, s=2.0)),
+        ("ong", 0.5, lambda a, b: ong(a, b, w=1.5)),
+    ],
 )
 def test_strength_multiplies_phi(pack, case, model, method, strength, guide):
     expect = {"guide": guide}
@@ -135,7 +152,9 @@ def test_outside_the_window_is_stock_to_the_bit(pack, model, method):
 def test_vsf_is_the_default_and_pays_no_heed_to_the_others_inputs(pack, model):
     given = pack.negative(conditioning(), negative=[[text(5, 5), {}]])
     plain = sample(pack.patch(model), given)
-    assert torch.equal(sample(pack.patch(model, method="vsf", nag_scale=50.0, nasa_scale=3.0), given), plain)
+    assert torch.equal(
+        sample(pack.patch(model, method="vsf", nag_scale=50.0, nasa_scale=3.0, ong_scale=3.0), given), plain
+    )
     other = sample(pack.patch(model, **NAG), given)
     assert torch.equal(sample(pack.patch(model, **NAG, scale=9.0, offset=5.0, nasa_scale=3.0), given), other)
     assert relative(other, plain) > 1e-3
@@ -165,10 +184,12 @@ def test_the_log_says_which(pack, model, caplog):
 def test_what_cannot_work_is_refused(pack, model):
     with pytest.raises(ValueError, match="layout released works only with method vsf, and method is nag"):
         pack.patch(model, **NAG, layout="released")
-    with pytest.raises(ValueError, match='method must be one of vsf, nag, nasa, got "sag"'):
+    with pytest.raises(ValueError, match='method must be one of vsf, nag, nasa, ong, got "sag"'):
         pack.patch(model, method="sag")
     with pytest.raises(ValueError, match="nag_tau"):
         pack.patch(model, method="nag", nag_tau=float("nan"))
+    with pytest.raises(ValueError, match="ong_scale"):
+        pack.patch(model, method="ong", ong_scale=float("inf"))
     one = pack.negative(conditioning(), negative=[[text(5, 5), {}]])
     two = pack.negative(one, negative=[[text(4, 6), {}]], strength=0.5)
     with pytest.raises(ValueError, match="method nasa takes several negatives as one, but 2 here differ in strength"):
@@ -212,6 +233,6 @@ def test_the_nodes_own_numbers_are_the_schemas(pack):
     node = pack.mapping["VSFModelPatch"]
     schema = {i.id: i for i in node.define_schema().inputs}
     given = inspect.signature(node.execute).parameters
-    for name in ("method", "nag_scale", "nag_alpha", "nag_tau", "nasa_scale"):
+    for name in ("method", "nag_scale", "nag_alpha", "nag_tau", "nasa_scale", "ong_scale"):
         assert schema[name].default == given[name].default
         assert schema[name].optional and schema[name].advanced

@@ -14,7 +14,7 @@ WIDGETS = {
     "VSFNegativeConditioning": ("text", "strength", "extrapolation", "from_frame", "to_frame"),
     "VSFModelPatch": (
         *("scale", "offset", "start_percent", "end_percent", "blocks", "layout", "affect_references"),
-        *("method", "nag_scale", "nag_alpha", "nag_tau", "nasa_scale"),
+        *("method", "nag_scale", "nag_alpha", "nag_tau", "nasa_scale", "ong_scale"),
     ),
     "VSFRecord": (),
     "VSFAttentionMap": ("steps", "layers", "opacity", "normalize"),

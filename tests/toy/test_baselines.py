@@ -31,6 +31,17 @@ def test_nasa(joint):
     assert torch.allclose(baselines.nasa(0.3)(joint)[:, :, 8:], expected)
 
 
+@pytest.mark.parametrize(("per_head", "over"), [(False, (1, 3)), (True, 3)])
+def test_ong_takes_away_only_what_is_orthogonal(joint, per_head, over):
+    positive, negative = stock(joint), stock(joint, negative=True)
+    taken = positive - baselines.ong(2.0, per_head)(joint)[:, :, 8:]
+    assert (taken * positive).sum(over).abs().max() < 1e-12
+    along = 2.0 * negative - taken  # the rest of Z- is along Z+
+    factor = (along * positive).sum(over, keepdim=True) / positive.square().sum(over, keepdim=True)
+    assert torch.allclose(along, factor * positive)
+    assert torch.allclose(baselines.ong(0.0, per_head)(joint)[:, :, 8:], positive)
+
+
 def test_nag_is_bounded_and_blended(joint):
     positive, negative = stock(joint), stock(joint, negative=True)
     gentle = baselines.nag(4, 0.25, 1e9)(joint)[:, :, 8:]
@@ -59,7 +70,7 @@ def test_ablations(joint):
 
 
 def test_text_streams_are_those_of_two_passes(joint):
-    for rule in (baselines.nasa(0.5), baselines.nag(4, 0.5, 2.5)):
+    for rule in (baselines.nasa(0.5), baselines.nag(4, 0.5, 2.5), baselines.ong(1.0)):
         z = rule(joint)
         assert torch.allclose(z[:, :, :3], joint.attend(joint.n, joint.n, joint.i))
         assert torch.allclose(z[:, :, 3:8], joint.attend(joint.p, joint.p, joint.i))

@@ -43,10 +43,14 @@ def test_the_setting_is_chosen_on_validation_pairs_within_bounds():
         + records("vsf", 0.80, 0.99, scale=3.0)  # loses the object
         + records("vsf", 1.0, 0.99, good=0.7, scale=4.0)  # loses the picture
         + records("vsf", 1.0, 1.0, split="test", scale=5.0)
-        + records("nag", 1.0, 1.0, scale=6.0)
+        + records("ong", 0.92, 0.3, scale=6.0)
+        + records("ong", 0.89, 1.0, scale=2.0)
     )
-    assert quality.choose(rows) == {"scale": 2.0}
-    assert "scale 2 (chosen)" in quality.table(rows, {"scale": 2.0})
+    chosen = {method: quality.choose(rows, method) for method in quality.CHOSEN}
+    assert chosen == {"vsf": {"scale": 2.0}, "ong": {"scale": 6.0}}
+    lines = quality.table(rows, chosen).splitlines()
+    marked = [line for line in lines if "(chosen)" in line]
+    assert len(marked) == 2 and "| vsf | scale 2 (chosen)" in marked[0] and "| ong | scale 6 (chosen)" in marked[1]
 
 
 @pytest.mark.parametrize("family", sampling.FAMILIES)

@@ -1,6 +1,6 @@
 """Compiles the fused kernel's table for the architectures that are named, without such a chip, with all that a launch
 may take (--all: for narrow heads and few queries, too). Prints [architecture, tiles, KiB of shared memory, bytes of
-registers spilled] of every launch, for VSF and for NAG and NASA, as JSON. In a process of its own: the tests' Triton
+registers spilled] of every launch, for VSF and for what steers, as JSON. In a process of its own: the tests' Triton
 interprets."""
 
 import inspect

@@ -1,4 +1,4 @@
-"""NAG and NASA in one pass against their formulas, dense and in two."""
+"""NAG, NASA and ONG in one pass against their formulas, dense and in two."""
 
 from dataclasses import replace
 
@@ -7,9 +7,22 @@ import torch
 import torch.nn.functional as F
 from samples import BEFORE, DTYPES, TOLERANCE, backend_of, black_box, make, on_device, placed, relative, rows_of
 
-from vsf_core import NAG, NASA, AttentionBackend, NegativeTerms, TokenLayout, attend_cross, attend_joint, lse_attention
+from vsf_core import (
+    NAG,
+    NASA,
+    ONG,
+    AttentionBackend,
+    NegativeTerms,
+    TokenLayout,
+    attend_cross,
+    attend_joint,
+    lse_attention,
+)
 
-GUIDES = {"nag": NAG(0.25, 2.5), "nag strong": NAG(0.5, 5.0), "nag tight": NAG(1.0, 1.0), "nasa": NASA()}
+GUIDES = {
+    **{"nag": NAG(0.25, 2.5), "nag strong": NAG(0.5, 5.0), "nag tight": NAG(1.0, 1.0)},
+    **{"nasa": NASA(), "ong": ONG()},
+}
 WAYS = ["merge", "mask", "fused", "reference"]
 GUIDED = pytest.mark.parametrize("guide", GUIDES.values(), ids=GUIDES)
 PATHS = pytest.mark.parametrize(
@@ -27,6 +40,10 @@ def formula(guide, z_pos, z_neg, phi):
     """As the papers write it; [B, H, I, D]."""
     if isinstance(guide, NASA):
         return z_pos - phi * z_neg
+    if isinstance(guide, ONG):
+        along = torch.einsum("bhid,bhid->bi", z_neg, z_pos) / torch.einsum("bhid,bhid->bi", z_pos, z_pos)
+        along = torch.nan_to_num(along)[:, None, :, None]  # any Z- is orthogonal to a Z+ of nothing
+        return z_pos - phi * (z_neg - along * z_pos)
     s = 1 + phi
     z = s * z_pos - (s - 1) * z_neg
     ratio = z.abs().sum((1, 3), keepdim=True) / z_pos.abs().sum((1, 3), keepdim=True)
@@ -122,28 +139,70 @@ def test_padding_and_entries_without_a_negative(path, guide, before):
 
 
 @pytest.mark.parametrize("path", WAYS)
-def test_presence_is_a_share_for_each_image_token(path):
+@pytest.mark.parametrize("guide", [GUIDES["nag"], GUIDES["ong"]], ids=["nag", "ong"])
+def test_presence_is_a_share_for_each_image_token(path, guide):
     layout = TokenLayout(50, 11, 7)
     q, k, v = make(layout, batch=2, spread=6.0)
     presence = torch.rand(1, 50, 1, generator=torch.Generator().manual_seed(1))
     presence[:, :10] = 0.0
-    result = run(path, q, k, v, layout, GUIDES["nag"], torch.full((1, 1, 1), 4.0), presence)
-    assert relative(result, oracle(q, k, v, layout, GUIDES["nag"], 4.0, presence[:, None])) < 1e-5
-    without = run(path, q, k, v, layout, GUIDES["nag"], torch.full((1, 1, 1), 4.0), torch.zeros(1, 1, 1))
+    result = run(path, q, k, v, layout, guide, torch.full((1, 1, 1), 4.0), presence)
+    assert relative(result, oracle(q, k, v, layout, guide, 4.0, presence[:, None])) < 1e-5
+    without = run(path, q, k, v, layout, guide, torch.full((1, 1, 1), 4.0), torch.zeros(1, 1, 1))
     assert torch.equal(result[:, :, 18:28], without[:, :, 18:28])
 
 
+SIZES = {"fp32": (0.0, 1e-20, 3e4), "bf16": (0.0, 1e-20, 3e4), "fp16": (0.0, 1e-3, 3e4)}
+
+
 @pytest.mark.parametrize(
-    ("path", "rows"), [("mask", 1), ("mask", 68), ("fused", 1), ("reference", 1), ("reference", 68)]
+    ("path", "dtype", "size"),
+    [
+        *((path, dtype, size) for path in WAYS if path != "fused" for dtype in DTYPES for size in SIZES[dtype]),
+        *(("fused", "fp16", size) for size in SIZES["fp16"]),
+    ],
+)
+def test_ong_of_values_of_any_size(path, dtype, size):
+    """``size``: of the image's and the positive's values; the negative's are about 1. Squares vanish or are beyond
+    fp16, a Z+ of 0 has no direction. The second entry takes none of it."""
+    layout = placed(50, 11, 7, 0.5)
+    q, k, v = make(layout, batch=2, dtype=DTYPES[dtype], spread=6.0)
+    v[:, :, rows_of(layout, "PI")] *= size / v.abs().max()
+    presence, image = torch.tensor([1.0, 0.0]).view(2, 1, 1), rows_of(layout, "I")
+    result = run(path, q, k, v, layout, ONG(), torch.full((1, 1, 1), 3.0), presence)[:, :, image].double()
+    expected = oracle(q, k, v, layout, ONG(), 3.0, presence[:, None])[:, :, image]
+    for ours, theirs in zip(result, expected, strict=True):
+        assert (ours - theirs).abs().max() <= TOLERANCE[dtype] * theirs.abs().max()
+
+
+@pytest.mark.parametrize("path", ["merge", "mask", "reference"])
+@pytest.mark.parametrize("guide", [GUIDES["nasa"], GUIDES["ong"]], ids=["nasa", "ong"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_strong_push_from_next_to_nothing(path, guide, dtype):
+    """Z- so small that Z is Z+, large and within its rounding, however hard the push: what it is made of is larger."""
+    layout = TokenLayout(50, 11, 7)
+    q, k, v = make(layout, dtype=DTYPES[dtype], spread=0.5)
+    k[:, :, rows_of(layout, "P")] = k[:, :, rows_of(layout, "N")] = 0.0
+    v[:, :, rows_of(layout, "NI")] = 0.0
+    v[:, :, rows_of(layout, "P")] = 6e4
+    result = run(path, q, k, v, layout, guide, torch.full((1, 1, 1), 20.0))
+    assert relative(result, oracle(q, k, v, layout, guide, 20.0)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    ("path", "rows", "guide"),
+    [
+        *(("mask", 1, "nasa"), ("mask", 68, "nasa"), ("fused", 1, "nasa"), ("reference", 1, "nasa")),
+        *(("mask", 68, "ong"), ("fused", 1, "ong"), ("reference", 68, "ong")),
+    ],
 )
 @BEFORE
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_mask_of_the_callers_own(path, before, rows, padded):
+def test_a_mask_of_the_callers_own(path, before, rows, padded, guide):
     layout = placed(50, 11, 7, before)
     q, k, v = make(layout, batch=2, spread=6.0)
     mask = torch.randn(1, 1, rows, 68, generator=torch.Generator().manual_seed(1))
-    padding = torch.tensor([[False] * 5 + [True] * 2]) if padded else None
-    result = run(path, q, k, v, layout, GUIDES["nasa"], torch.full((1, 1, 1), 0.4), None, padding, mask)
+    padding, guide = torch.tensor([[False] * 5 + [True] * 2]) if padded else None, GUIDES[guide]
+    result = run(path, q, k, v, layout, guide, torch.full((1, 1, 1), 0.4), None, padding, mask)
     seen = [at for at in rows_of(layout, "N")][: 5 if padded else 7]
     image = rows_of(layout, "I")
 
@@ -152,7 +211,7 @@ def test_a_mask_of_the_callers_own(path, before, rows, padded):
         return black_box(q[:, :, group], k[:, :, columns], v[:, :, columns], at[..., columns])
 
     z_pos, z_neg = over(image, rows_of(layout, "PI")), over(image, seen + image)
-    assert relative(result[:, :, image], z_pos - 0.4 * z_neg) < 1e-5
+    assert relative(result[:, :, image], formula(guide, z_pos, z_neg, 0.4)) < 1e-5
     for text, keys in ((rows_of(layout, "P"), rows_of(layout, "PI")), (seen, seen + image)):
         assert relative(result[:, :, text], over(text, keys)) < 1e-5
 

@@ -5,7 +5,7 @@ import torch
 from samples import backend_of, make
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vsf_core import NAG, NASA, VSF, NegativeTerms, TokenLayout, attend_cross, attend_joint, fused
+from vsf_core import NAG, NASA, ONG, VSF, NegativeTerms, TokenLayout, attend_cross, attend_joint, fused
 
 ALLOCATIONS = ("aten::empty", "aten::new_empty")
 
@@ -24,7 +24,7 @@ class Launches(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("method", "most"), [(VSF(), 12), (NASA(), 25), (NAG(0.25, 2.5), 37)], ids=lambda v: str(v)[:4]
+    ("method", "most"), [(VSF(), 12), (NASA(), 26), (NAG(0.25, 2.5), 38), (ONG(), 37)], ids=lambda v: str(v)[:4]
 )
 def test_joint_attention(method, most):
     layout = TokenLayout(256, 32, 16)
@@ -35,7 +35,9 @@ def test_joint_attention(method, most):
     assert len(launches.names) - 1 == most, launches.names  # less the model's own
 
 
-@pytest.mark.parametrize(("method", "most"), [(VSF(), 8), (NASA(), 9), (NAG(0.25, 2.5), 21)], ids=lambda v: str(v)[:4])
+@pytest.mark.parametrize(
+    ("method", "most"), [(VSF(), 8), (NASA(), 10), (NAG(0.25, 2.5), 22), (ONG(), 21)], ids=lambda v: str(v)[:4]
+)
 def test_cross_attention(method, most):
     q, k, v = (torch.randn(1, 2, n, 64, dtype=torch.bfloat16) for n in (256, 48, 48))
     terms, backend = NegativeTerms(torch.full((1, 1, 1), 3.3), torch.full((1, 1, 1), 0.2)), backend_of("merge", q)
@@ -48,7 +50,7 @@ def test_cross_attention(method, most):
 @pytest.mark.parametrize("method", [VSF(), NASA()])
 @pytest.mark.parametrize("cross", [False, True])
 def test_the_fused_kernel_leaves_nothing_to_do(monkeypatch, method, cross):
-    """But the formula of NAG and NASA."""
+    """But the formula of NAG, NASA and ONG."""
 
     def launch(q, *_arguments):
         return [torch.empty_like(q), torch.empty_like(q[:, :, -64:])][: 1 + _arguments[-2]]
@@ -63,4 +65,4 @@ def test_the_fused_kernel_leaves_nothing_to_do(monkeypatch, method, cross):
             attend_cross(method, backend, *given, terms)
         else:
             attend_joint(method, backend, q, k, v, layout, terms)
-    assert len(launches.names) == (8 if isinstance(method, NASA) else 0), launches.names
+    assert len(launches.names) == (9 if isinstance(method, NASA) else 0), launches.names

@@ -9,6 +9,7 @@ from samples import BEFORE, backend_of, black_box, make, placed, relative, rows_
 from vsf_core import (
     NAG,
     NASA,
+    ONG,
     VSF,
     AttentionBackend,
     Guidance,
@@ -21,7 +22,9 @@ from vsf_core import (
     way_of,
 )
 
-METHODS = pytest.mark.parametrize("method", [VSF(), NAG(0.25, 2.5), NASA()], ids=lambda method: type(method).__name__)
+METHODS = pytest.mark.parametrize(
+    "method", [VSF(), NAG(0.25, 2.5), NASA(), ONG()], ids=lambda method: type(method).__name__
+)
 PADDING = torch.tensor([[False] * 7, [False] * 4 + [True] * 3])
 
 
@@ -144,7 +147,7 @@ def test_the_first_way_that_can_be_had():
         AttentionBackend(black_box, forced="fused").way(None)
 
 
-@pytest.mark.parametrize("method", [NAG(0.25, 2.5), NASA()])
+@pytest.mark.parametrize("method", [NAG(0.25, 2.5), NASA(), ONG()])
 def test_guidance_has_no_attention_mass(method):
     layout = placed(50, 11, 7, 0)
     q, k, v = make(layout, batch=2)

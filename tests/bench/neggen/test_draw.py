@@ -52,7 +52,9 @@ def test_killed_twice_and_nothing_is_done_twice_or_lost(server, tmp_path):
     assert len(store.cells()) == 10 and drawn(out) == 9 and not store.jobs()
     assert server.log().count("got prompt") - before == 9
     for cell in store.cells():
-        assert Image.open(store.path(cell.key)).size == (256, 256) and cell.seconds is not None
+        assert Image.open(store.path(cell.key)).size == (256, 256)
+    loaded = {cell.key for cell in store.cells() if cell.seconds is None}
+    assert len(loaded) == 1, "one picture took the model's load, and is not timed; all others are"
     assert any(cell.memory for cell in store.cells()), "nobody looked at the memory"
     pictures = {cell.run: store.path(cell.key).read_bytes() for cell in store.cells() if cell.pair.prompt == "a house"}
     assert len(set(pictures.values())) == len(RUNS), "two methods drew the same"
@@ -93,6 +95,20 @@ def test_two_servers_share_the_work(request, server, planned):
     for job in planned.cells():
         with Image.open(planned.path(job.key)) as one, Image.open(alone.path(job.key)) as same:
             assert one.tobytes() == same.tobytes(), "the servers draw differently"
+
+
+def test_ctrl_c_once_and_it_is_over(server, tmp_path):
+    """As a terminal sends it, while a picture is in the making; the next run goes on."""
+    out, env = tmp_path / "out", {**os.environ, "PYTHONPATH": str(BENCH.parent)}
+    process = subprocess.Popen(command(out, server), env=env, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: drawn(out) >= 1)
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    told = process.communicate(timeout=30)[1]
+    assert process.returncode == 130 and time.monotonic() - start < 4
+    assert "stopped; run the same command again to go on" in told and "Traceback" not in told
+    before = drawn(out)
+    assert drawing.draw(Store(out), [server.address]) == 0 and drawn(out) == 9 > before
 
 
 def test_no_server(planned, monkeypatch):

@@ -39,14 +39,18 @@ def drawn(folder):
     return len(list((folder / "pictures").glob("*.png")))
 
 
-def test_killed_twice_and_nothing_is_done_twice_or_lost(server, tmp_path):
+def test_stopped_and_killed_and_nothing_is_done_twice_or_lost(server, tmp_path):
+    """Ctrl-C once, as a terminal sends it, then `kill -9`."""
     out, env = tmp_path / "out", {**os.environ, "PYTHONPATH": str(BENCH.parent)}
     before = server.log().count("got prompt")
-    for goal in (2, 5):
-        process = subprocess.Popen(command(out, server), env=env, stderr=subprocess.DEVNULL)
+    for goal, how in ((2, signal.SIGINT), (5, signal.SIGKILL)):
+        process = subprocess.Popen(command(out, server), env=env, stderr=subprocess.PIPE, text=True)
         wait_until(lambda goal=goal: drawn(out) >= goal)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.send_signal(how)
+        start, told = time.monotonic(), process.communicate(timeout=30)[1]
+        assert time.monotonic() - start < 5 and "Traceback" not in told
+        if how == signal.SIGINT:
+            assert process.returncode == 130 and "stopped; run the same command again to go on" in told
     subprocess.run(command(out, server), env=env, check=True, timeout=120)
     store = Store(out)
     assert len(store.cells()) == 10 and drawn(out) == 9 and not store.jobs()
@@ -95,20 +99,6 @@ def test_two_servers_share_the_work(request, server, planned):
     for job in planned.cells():
         with Image.open(planned.path(job.key)) as one, Image.open(alone.path(job.key)) as same:
             assert one.tobytes() == same.tobytes(), "the servers draw differently"
-
-
-def test_ctrl_c_once_and_it_is_over(server, tmp_path):
-    """As a terminal sends it, while a picture is in the making; the next run goes on."""
-    out, env = tmp_path / "out", {**os.environ, "PYTHONPATH": str(BENCH.parent)}
-    process = subprocess.Popen(command(out, server), env=env, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: drawn(out) >= 1)
-    start = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    told = process.communicate(timeout=30)[1]
-    assert process.returncode == 130 and time.monotonic() - start < 4
-    assert "stopped; run the same command again to go on" in told and "Traceback" not in told
-    before = drawn(out)
-    assert drawing.draw(Store(out), [server.address]) == 0 and drawn(out) == 9 > before
 
 
 def test_no_server(planned, monkeypatch):

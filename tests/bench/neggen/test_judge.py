@@ -71,7 +71,10 @@ ANSWERS = {
 
 @contextmanager
 def endpoint(*behaviours):
-    """A local server that behaves as listed, one behaviour a request, the last one for ever; ``seen``: the requests."""
+    """A local server that behaves as listed, one behaviour a request, the last one for ever; ``seen``: the requests.
+
+    A behaviour is one of ``ANSWERS``, of the few below, or a function of the request's body.
+    """
     seen, lock = [], threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -93,7 +96,7 @@ def endpoint(*behaviours):
                     self.wfile.write(b" " * 8192)
                     time.sleep(0.1)
                 return
-            status, headers, text = ANSWERS[how]
+            status, headers, text = how(body) if callable(how) else ANSWERS[how]
             self.send_response(status)
             for name, value in {**headers, "Content-Length": str(len(text) + 9 * (how == "half"))}.items():
                 self.send_header(name, value)

@@ -361,7 +361,7 @@ def _scatter(axes: Any, values: np.ndarray, one: str, other: str) -> None:
     places, counts = np.unique(values, axis=0, return_counts=True)
     axes.scatter(*places.T, s=16 + 12 * np.sqrt(counts - 1), alpha=0.6, label=f"{len(values)} pictures")
     ends = np.array([values[:, 0].min(), values[:, 0].max()])
-    words = f"{fit.slope:.2f} x {fit.intercept:+.2f}; r = {fit.rvalue:.2f}, p = {fit.pvalue:.2g}"
+    words = f"y = {fit.slope:.2f}x {fit.intercept:+.2f}; r = {fit.rvalue:.2f}, p = {fit.pvalue:.2g}"
     axes.plot(ends, fit.slope * ends + fit.intercept, color="tab:red", label=words)
     axes.plot([0, 1], [0, 1], color="grey", lw=0.8, ls=":", label="the same score")
     axes.set(xlabel=f"quality by {plain(one, 60)}", ylabel=f"quality by {plain(other, 60)}")
@@ -378,7 +378,7 @@ def _drawn(fill: Callable[[Any], None]) -> bytes:
         axes = figure.add_subplot()
         fill(axes)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, loc="lower left")
+        axes.legend(fontsize=8, loc="best")
         out = BytesIO()
         figure.savefig(out, format="png", metadata={"Software": None})
         return out.getvalue()

@@ -82,22 +82,39 @@ def draw(kinds: dict[str, Tensor], texts: Sequence[str]) -> Any:
     with rc_context({"text.parse_math": False}):
         figure = Figure(figsize=(14, 5.5 * len(kinds)), dpi=100, layout="constrained")
         for axes, (kind, vector) in zip(figure.subplots(len(kinds), 2, squeeze=False), kinds.items(), strict=True):
-            both, (places, share) = cosines(vector), components(vector)
-            axes[0].imshow(both, vmin=min(0.0, float(both.min())), vmax=1, cmap="viridis")
-            for i in range(len(texts)):
-                for j in range(len(texts)):
-                    axes[0].text(j, i, f"{both[i, j]:.2f}", ha="center", va="center", color="w", fontsize=9)
-            axes[0].set_yticks(range(len(texts)), [text[:50] for text in texts], fontsize=9)
-            axes[0].set_xticks([])
+            _draw_cosines(axes[0], cosines(vector), texts)
             axes[0].set_title(f"cosines, {kind}")
-            axes[1].scatter(*places.T)
-            for text, place in zip(texts, places.tolist(), strict=True):
-                axes[1].annotate(text[:50], place, (5, 5), textcoords="offset points", fontsize=9)
-            axes[1].set(xlabel=f"{share[0]:.0%} of the variance", ylabel=f"{share[1]:.0%} of the variance")
+            _draw_components(axes[1], *components(vector), texts)
             axes[1].set_title(f"principal components, {kind}")
-            axes[1].margins(0.3, 0.15)
-            axes[1].grid(alpha=0.3)
         return figure
+
+
+def _draw_cosines(axes: Any, both: Tensor, texts: Sequence[str]) -> None:
+    low = min(0.0, float(both.min()))
+    axes.imshow(both, vmin=low, vmax=1, cmap="viridis", aspect="auto")
+    for i, row in enumerate(both.tolist()):
+        for j, value in enumerate(row):
+            ink = "black" if value - low > 0.7 * (1 - low) else "white"
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=9)
+    axes.set_yticks(range(len(texts)), [text[:50] for text in texts], fontsize=9)
+    axes.set_xticks([])
+
+
+def _draw_components(axes: Any, places: Tensor, share: Tensor, texts: Sequence[str]) -> None:
+    """Texts in the same place have one label; labels point inwards."""
+    axes.scatter(*places.T)
+    grid = (places / places.abs().max().clamp_min(1e-30)).mul(100).round()
+    labels: dict[tuple, list[int]] = {}
+    for i, place in enumerate(grid.tolist()):
+        labels.setdefault(tuple(place), []).append(i)
+    for rows in labels.values():
+        x, y = places[rows[0]].tolist()
+        right = x > float(places[:, 0].mean())
+        words, side = "\n".join(texts[i][:50] for i in rows), "right" if right else "left"
+        axes.annotate(words, (x, y), (-7 if right else 7, 5), textcoords="offset points", fontsize=9, ha=side)
+    axes.set(xlabel=f"{share[0]:.0%} of the variance", ylabel=f"{share[1]:.0%} of the variance")
+    axes.margins(0.1, 0.2)
+    axes.grid(alpha=0.3)
 
 
 def opened(files: Sequence[str], kind: str) -> Any:

@@ -80,7 +80,7 @@ class Endpoint:
         parts = urlsplit(self.address)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
             raise HostError("--endpoint takes http(s)://host/v1, without a user or password in it")
-        self._key, self._lock, self._schema = os.environ.get(self.key_variable, ""), Lock(), True
+        self._key, self._lock, self._schema = os.environ.get(self.key_variable, "").strip(), Lock(), True
         self._secret = _spellings(self._key) if self._key else None
 
     @property

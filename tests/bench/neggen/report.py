@@ -324,7 +324,9 @@ def _plots(results: Results, judge: str) -> Iterable[tuple[str, bytes]]:
                 ends = [m.value for m in x], [m.value for m in y]
                 axes.errorbar(*ends, xerr=bars[0], yerr=bars[1], marker="o", lw=1, elinewidth=0.5, label=method)
                 for row, px, py in zip(mine, *ends, strict=True):
-                    axes.annotate(plain(row.run.name, 40), (px, py), (4, 4), textcoords="offset points", fontsize=7)
+                    right = px > 0.7
+                    style = {"textcoords": "offset points", "fontsize": 7, "ha": "right" if right else "left"}
+                    axes.annotate(plain(row.run.name, 40), (px, py), (-4 if right else 4, 4), **style)
             axes.set(xlabel="negative score (the element is missing)", ylabel=f"{name} score", xlim=(-0.02, 1.02))
             axes.set(ylim=(-0.02, 1.05), title=f"{name} against negative, {shown_judge}")
 

@@ -38,8 +38,8 @@ like; each pair here pushes that away. On the left of each sheet scale 0, on the
 - One run draws all ten. To try a few, select the nodes of the others and press Ctrl+M.
 - More scales: *0, 1, 2, 3, 4* in *VSF Scale Sweep*. The scale in *VSF Model Patch* is not used.
 
-The paper drew with scales from 0 to 4, which very likely are those of layout *released*, set here. The pairs are of \
-the paper's kinds, in other words. Keep **cfg at 1** on Turbo models. Untested here on real weights."""
+The paper drew with scales from 0 to 4; **layout** is *released*, to which its numbers belong. The pairs are of the \
+paper's kinds, in other words. Keep **cfg at 1** on Turbo models. Untested here on real weights."""
 
 
 def workflow() -> dict[str, Any]:

@@ -141,7 +141,8 @@ def serve(options: argparse.Namespace) -> int:
     """Opens ComfyUI with this pack until Ctrl-C."""
     if options.port:
         check_port(options.port)
-    with start_server(get_host(), options.port) as server:
+    extra = [ROOT / "tests" / "bench" / "neggen" / "vsf_bench_methods"] if options.bench_nodes else []
+    with start_server(get_host(), options.port, extra) as server:
         print(f"ComfyUI with this pack: {server.address}  (Ctrl-C stops it)", flush=True)
         server.wait()
     return 0
@@ -257,7 +258,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     one.add_argument("--family", choices=("sd3", "flux", "wan"), default="sd3", help="which toy model; wan: a clip")
     one = commands.add_parser("test", help="lint, types and tests; other arguments go to pytest")
     one.add_argument("--comfyui", metavar="VERSION", choices=[*CARRIER_VERSIONS, "all"], help="a version, or all")
-    commands.add_parser("bench", help="benchmarks; arguments go to them")
+    commands.add_parser("bench", help="benchmarks; arguments go to them, --help too", add_help=False)
     one = commands.add_parser("gpu", help="check and time this pack on your GPU, in 3 minutes; one page for an issue")
     one.add_argument("--out", default="gpu-report.md", metavar="FILE", help="where the page goes besides")
     one.add_argument("--seconds", type=float, default=hosting_gpu.SECONDS, help="how long all may take (180)")
@@ -266,6 +267,9 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     one.add_argument("--only", nargs="+", help=argparse.SUPPRESS)
     one = commands.add_parser("serve", help="open ComfyUI with this pack until Ctrl-C")
     one.add_argument("--port", type=int)
+    one.add_argument(
+        "--bench-nodes", action="store_true", help="also the nodes of `bench neggen`: NAG, NASA, ablations"
+    )
     commands.add_parser("release", help="the checklist after `test` and before a release; it publishes nothing")
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command not in ("test", "bench"):

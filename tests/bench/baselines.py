@@ -190,6 +190,8 @@ def patched(model: Any, rule: Rule, tokens: Tensor) -> Any:
         **kwargs: Any,
     ) -> Tensor:
         assert c_crossattn is not None
+        if any(transformer_options.get("cond_or_uncond", ())):
+            raise ValueError("this method is for cfg 1: at any other the model runs on the other negative prompt too")
         context = torch.cat([tokens.to(c_crossattn).expand(len(x), -1, -1), c_crossattn], dim=1)
         replace = transformer_options.get("patches_replace", {})
         dit = {**replace.get("dit", {}), **dict.fromkeys(_blocks(executor.class_obj.diffusion_model), run_block)}

@@ -46,6 +46,7 @@ BY_VSF = "vsf_generate_then_edit_flux_kontext"
 WORDED = {
     "vsf_style_avoidance_sd35_large_turbo": ("a picture of a house at night", "night", 3.3, 1),
     "vsf_abstract_art_sd35_large_turbo": ("a house", "a house", 0.5, 1),
+    "vsf_anti_aesthetic_sd35_large_turbo": ("a snowman", "a snowman", 0.5, 1),
 }
 """Of each workflow whose negative is no part: the prompt, the negative, the scale and the seed."""
 

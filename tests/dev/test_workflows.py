@@ -14,7 +14,7 @@ from hosting.graph import to_prompt
 from hosting.server import ComfyServer
 from hosting.toy_graphs import with_toys
 from PIL import Image
-from release import workflows
+from release import anti_aesthetic, workflows
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
@@ -92,6 +92,8 @@ def test_those_made_by_the_script_are_as_it_writes_them():
     assert len(made) == sum(1 if model.single else 2 for model in workflows.MODELS)
     for name, content in made.items():
         assert (workflows.FOLDER / f"{name}.json").read_text(encoding="utf-8") == workflows.text_of(content), name
+    ten_pairs = workflows.FOLDER / f"{anti_aesthetic.NAME}.json"
+    assert ten_pairs.read_text(encoding="utf-8") == workflows.text_of(anti_aesthetic.workflow())
 
 
 def test_their_model_files_are_those_of_comfyui_s_own_templates():

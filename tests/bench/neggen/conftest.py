@@ -20,7 +20,8 @@ RUNS = (*RUNS, "VSF=vsf:steps=2:scale=3.3:offset=0.2")
 
 def new_server() -> ComfyServer:
     """Starts where it was after it was killed: its port stays."""
-    extra = [ROOT / "tests" / folder for folder in ("bench/neggen/vsf_bench_methods", "toy/vsf_toy_text_encoder")]
+    folders = ("bench/neggen/vsf_bench_methods", "toy/vsf_toy_text_encoder", "toy/vsf_tiny_models")
+    extra = [ROOT / "tests" / folder for folder in folders]
     tree, models = os.environ["VSF_COMFYUI"], os.environ["VSF_MODELS"]
     return ComfyServer(tree, sys.executable, ROOT, models, free_port(), extra_nodes=extra)
 

@@ -1,13 +1,11 @@
-"""Draws what a store lacks on one or more running ComfyUIs. Dask schedules; each server is one of its workers."""
+"""Draws what a store lacks on one or more running ComfyUIs, a few threads of HTTP for each."""
 
 import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
-from dataclasses import replace
-from pathlib import Path
-from threading import Event, Thread
+from contextlib import contextmanager, suppress
+from threading import Condition, Event, Thread
 from typing import Any
 
 from hosting.client import ComfyClient
@@ -15,7 +13,9 @@ from hosting.errors import PromptFailed, ServerDied
 from tenacity import RetryError, Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 from tqdm import tqdm
 
-from neggen.store import Job, Store
+from neggen.store import BadPicture, Job, Store, Unkept
+from neggen.threads import each
+from neggen.words import plain
 
 IDS = uuid.UUID("6f0c1a0e-6d4e-4c43-9d0b-0c6b1e6f9a51")
 CRASHES = 3
@@ -24,6 +24,7 @@ LOOK = 0.25
 """Seconds between two looks at a server's memory while it draws."""
 BREATH = 5.0
 """Seconds that a picture waits for a server that is gone, before another server may have it."""
+NODES = "tests/bench/neggen/vsf_bench_methods"
 
 Outcome = tuple[str, str, str]
 """What became of a picture (drawn, failed, gone), the server, and the server's words."""
@@ -35,50 +36,74 @@ def draw(store: Store, servers: Sequence[str], depth: int = 2, patience: float =
     depth: how many graphs a server has at a time, the running one included; patience: seconds after which a server that
     is gone is given up; timeout: seconds for one graph. Raises ServerDied when all servers are given up.
     """
-    import dask
-    from distributed import Client, Scheduler, SpecCluster, Worker, as_completed
-
     servers = list(dict.fromkeys(address.rstrip("/") for address in servers))
-    inproc = {"protocol": "inproc://", "dashboard": False}
-    workers = {a: {"cls": Worker, "options": {"nthreads": depth, "name": a, **inproc}} for a in servers}
-    settings = {"distributed.scheduler.worker-saturation": 1.0, "distributed.admin.tick.limit": "1h"}
     with store.alone():
-        jobs = {job.key: job for job in store.jobs()}
-        if not jobs:
+        if lost := store.forget_lost():
+            print(f"{lost} pictures are gone or damaged, and are drawn again", flush=True)
+        waiting = Waiting(store.jobs(), servers)
+        if not waiting.left:
             return 0
-        watch = Watch(servers, patience)
-        with (
-            dask.config.set(settings),
-            SpecCluster(workers, {"cls": Scheduler, "options": inproc}, silence_logs=50) as cluster,
-            Client(cluster, set_as_default=False) as client,
-            tqdm(total=len(jobs), desc="drawing", unit="picture", smoothing=0.1) as bar,
-        ):
-
-            def submit(job: Job) -> Any:
-                mine = [job.server] if job.server in watch.servers else watch.servers
-                return client.submit(_draw, store.folder, job, timeout, workers=mine, pure=False)
-
-            failed, crashes = 0, Counter[str]()
-            running = {(future := submit(job)).key: (future, job) for job in jobs.values()}
-            finished = as_completed([future for future, _ in running.values()], loop=client.loop)
-            for future in finished:
-                _, job = running.pop(future.key)
-                what, server, words = future.result()
-                watch.note(server, what == "gone", bar)
-                crashes[job.key] += what == "gone" and words != ""
-                if what == "gone" and crashes[job.key] < CRASHES:
-                    if server not in watch.servers:
-                        job = replace(job, server=None)
-                    again = submit(job)
-                    running[again.key] = again, job
-                    finished.add(again)
-                    continue
-                if what != "drawn":
-                    failed += 1
-                    store.failed(job.key, words)
-                    watch.say(words, bar)
-                bar.update()
+        watch, failed, crashes = Watch(servers, patience), 0, Counter[str]()
+        work = each(servers * depth, waiting.take, lambda server, job: _draw(store, server, job, timeout))
+        try:
+            with tqdm(total=waiting.left, desc="drawing", unit="picture", smoothing=0.1) as bar:
+                for job, outcome in work:
+                    if isinstance(outcome, Exception):
+                        raise outcome
+                    what, server, words = outcome
+                    watch.note(server, what == "gone", bar)
+                    waiting.servers = watch.servers
+                    crashes[job.key] += what == "gone" and words != ""
+                    if what == "gone" and crashes[job.key] < CRASHES:
+                        waiting.again(job)
+                        continue
+                    waiting.done()
+                    if what != "drawn":
+                        failed += 1
+                        store.failed(job.key, words)
+                        watch.say(words, bar)
+                    bar.update()
+        finally:
+            waiting.end()
+            work.close()
         return failed
+
+
+class Waiting:
+    """Pictures that no server has yet. Each goes to the server that was asked for it before, or else to any."""
+
+    def __init__(self, jobs: Sequence[Job], servers: Sequence[str]) -> None:
+        self.servers, self.left = list(servers), len(jobs)
+        self._jobs, self._changed = list(jobs), Condition()
+
+    def take(self, server: str) -> Job | None:
+        """The next picture for a server, once there is one; None when there will be none."""
+        with self._changed:
+            while self.left and server in self.servers:
+                for job in self._jobs:
+                    if job.server not in self.servers or job.server == server:
+                        self._jobs.remove(job)
+                        return job
+                self._changed.wait(1.0)
+        return None
+
+    def again(self, job: Job) -> None:
+        """Somebody has to draw it after all."""
+        with self._changed:
+            self._jobs.insert(0, job)
+            self._changed.notify_all()
+
+    def done(self) -> None:
+        """One is off the list."""
+        with self._changed:
+            self.left -= 1
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """Nobody is to take any more."""
+        with self._changed:
+            self.left = 0
+            self._changed.notify_all()
 
 
 class Watch:
@@ -110,22 +135,23 @@ class Watch:
             bar.write(words)
 
 
-def _draw(folder: Path, job: Job, timeout: float) -> Outcome:
-    """In a worker's thread: draws one picture on the worker's server, and keeps it."""
-    from distributed import get_worker
-
-    address = str(get_worker().name)
+def _draw(store: Store, address: str, job: Job, timeout: float) -> Outcome:
+    """In a server's thread: draws one picture on it, and keeps it. An odd answer costs this picture alone."""
     client, posted = ComfyClient(address, timeout), False
     try:
         if not _answers(client):
             return "gone", address, ""
         posted = True
-        with closing(Store(folder)) as store:
-            store.drawn(job.key, *_fetch(client, store, job))
+        store.drawn(job.key, *_fetch(client, store, job))
     except ServerDied as error:
-        return "gone", address, str(error) if posted and not _answers(client) else ""
-    except PromptFailed as error:
-        return "failed", address, str(error)
+        return "gone", address, plain(error) if posted and not _answers(client) else ""
+    except Unkept:
+        raise
+    except (PromptFailed, BadPicture) as error:
+        hint = f"; the node is in {NODES}, see docs/neggen.md" if "VSFBench" in str(error) else ""
+        return "failed", address, plain(error) + hint
+    except Exception as error:
+        return "failed", address, f"{address} gives an odd answer: {type(error).__name__}: {plain(error, 200)}"
     return "drawn", address, ""
 
 
@@ -163,7 +189,7 @@ def _memory(client: ComfyClient) -> Iterator[list[int]]:
 
 
 def _fetch(client: ComfyClient, store: Store, job: Job) -> tuple[bytes, float | None, int | None]:
-    """The picture, the seconds that the server took, and the most bytes in use on it meanwhile.
+    """The picture, the seconds that the server took (None if it loaded a model), and the most bytes in use meanwhile.
 
     What an earlier process asked for is not asked for again; nobody looked at the memory then.
     """
@@ -188,6 +214,12 @@ def _fetch(client: ComfyClient, store: Store, job: Job) -> tuple[bytes, float | 
     refs = [ref for output in done["outputs"].values() for ref in output.get("images", ())]
     if not refs:
         raise PromptFailed("the graph saved no picture; a template ends in SaveImage")
-    times = [data["timestamp"] for _, data in status["messages"] if "timestamp" in data]
-    seconds = (max(times) - min(times)) / 1000 if times else None
-    return client.image(refs[0]), seconds, max(seen, default=None)
+    return client.image(refs[0]), _seconds(job, status["messages"]), max(seen, default=None)
+
+
+def _seconds(job: Job, messages: Sequence[tuple[str, dict]]) -> float | None:
+    """How long a graph ran by the server's clock; None if a loader ran with it: that is no part of a picture's time."""
+    times = [data["timestamp"] for _, data in messages if "timestamp" in data]
+    kept = {node for kind, data in messages if kind == "execution_cached" for node in data["nodes"]}
+    loaders = {key for key, node in job.graph.items() if "Loader" in node["class_type"]}
+    return (max(times) - min(times)) / 1000 if times and loaders <= kept else None

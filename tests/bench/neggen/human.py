@@ -3,16 +3,14 @@
 import json
 import random
 import secrets
-import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from neggen.store import Cell, Store
+from neggen.store import BadPicture, Cell, Store, opened
+from neggen.words import plain
 
 PAGE = Path(__file__).with_name("human.html")
 
@@ -21,7 +19,7 @@ class Session:
     """One person's pictures in an order of their own, known to the page by tokens that say nothing."""
 
     def __init__(self, store: Store, name: str) -> None:
-        self.store, self.judge, self.lock = store, f"human {name}", threading.Lock()
+        self.store, self.judge = store, f"human {plain(name)}"
         cells = {cell.key + cell.pair.id: cell for cell in store.cells()}
         order = sorted(cells)
         random.Random(self.judge).shuffle(order)
@@ -32,19 +30,30 @@ class Session:
         todo = {(cell.key, cell.pair.id) for cell in self.store.to_judge(self.judge)}
         return [token for token, cell in self.cells.items() if (cell.key, cell.pair.id) in todo]
 
+    def show(self) -> str | None:
+        """The token of the first of them whose picture can be seen; others are passed over, and said."""
+        for token in self.left():
+            try:
+                opened(self.store.path(self.cells[token].key))
+                return token
+            except BadPicture as error:
+                print(error, flush=True)
+                del self.cells[token]
+        return None
+
     def next(self) -> dict[str, Any]:
         """What the page shows now."""
-        left = self.left()
-        shown = {"done": len(self.cells) - len(left), "total": len(self.cells)}
-        if not left:
+        token = self.show()
+        shown = {"done": len(self.cells) - len(self.left()), "total": len(self.cells)}
+        if token is None:
             return shown
-        pair = self.cells[left[0]].pair
-        return {**shown, "token": left[0], "questions": [pair.question_1, pair.question_2]}
+        pair = self.cells[token].pair
+        return {**shown, "token": token, "questions": [pair.question_1, pair.question_2]}
 
     def picture(self, token: str) -> bytes:
         """The pixels alone: ComfyUI writes the whole graph into its files."""
         out = BytesIO()
-        Image.fromarray(_pixels(self.store.path(self.cells[token].key))).save(out, "PNG")
+        opened(self.store.path(self.cells[token].key)).save(out, "PNG")
         return out.getvalue()
 
     def score(self, token: str, scores: list[float]) -> None:
@@ -56,12 +65,6 @@ class Session:
     def forget(self, token: str) -> None:
         """Takes scores back."""
         self.store.unscore(self.judge, self.cells[token])
-
-
-def _pixels(path: Path) -> Any:
-    import numpy as np
-
-    return np.asarray(Image.open(path).convert("RGB"))
 
 
 def serve(session: Session, port: int, ready: Callable[[str], None]) -> None:
@@ -77,7 +80,10 @@ def serve(session: Session, port: int, ready: Callable[[str], None]) -> None:
             elif parts == ["next"]:
                 self.answer("application/json", json.dumps(session.next()).encode())
             elif parts[0] == "picture" and parts[-1] in session.cells:
-                self.answer("image/png", session.picture(parts[-1]))
+                try:
+                    self.answer("image/png", session.picture(parts[-1]))
+                except BadPicture as error:
+                    self.send_error(404, str(error)[:100])
             else:
                 self.send_error(404)
 

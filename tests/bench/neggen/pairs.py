@@ -2,12 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from hosting.errors import HostError
+
+from neggen.words import plain
 
 SHIPPED = Path(__file__).with_name("pairs.json")
 FIELDS = ("prompt", "missing_element", "question_1", "question_2")
@@ -56,6 +59,14 @@ def load(source: str) -> list[Pair]:
     return list(pairs)
 
 
+def some(pairs: Sequence[Pair], count: int, seed: int) -> list[Pair]:
+    """``count`` of them by chance, in their order; the same seed chooses the same."""
+    if count > len(pairs):
+        raise HostError(f"--sample {count}: there are {len(pairs)} pairs")
+    chosen = set(random.Random(seed).sample(range(len(pairs)), count))
+    return [pair for k, pair in enumerate(pairs) if k in chosen]
+
+
 def _entries(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     """Each entry with where it stands."""
     if path.suffix.lower() == ".jsonl":
@@ -75,7 +86,7 @@ def _entries(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 def _parsed(place: str, text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise HostError(f"{place} is no JSON: {error}") from None
 
 
@@ -87,7 +98,9 @@ def _pair(place: str, entry: Any) -> Pair:
             raise HostError(f"{place} lacks {name!r}; it has {', '.join(map(repr, entry)) or 'nothing'}")
         if not isinstance(entry[name], str) or not entry[name].strip():
             raise HostError(f"{place}: {name!r} is {entry[name]!r}; expected a text")
-    return Pair(*(entry[name].strip() for name in FIELDS), kind=str(entry.get("kind", "object")))
+        if plain(entry[name], len(entry[name])) != entry[name].replace("\r", " "):
+            raise HostError(f"{place}: {name!r} has characters that are no text: {plain(ascii(entry[name]), 80)}")
+    return Pair(*(entry[name].strip() for name in FIELDS), kind=plain(entry.get("kind", "object"), 60))
 
 
 def toy() -> list[Pair]:

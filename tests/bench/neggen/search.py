@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,9 @@ from hosting.errors import HostError
 
 from neggen.pairs import Pair
 from neggen.report import SCORES, Mean, Results
-from neggen.store import Store
+from neggen.store import Store, Unkept
 from neggen.templates import Run, Settings, Template, label, slots_of
+from neggen.words import plain
 
 STEP = 0.05
 BASE = "none"
@@ -63,13 +65,10 @@ def search(store: Store, asked: Search, trials: int, measure: Callable[[], None]
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    for run in (asked.base(), asked.run({name: ends[0] for name, ends in asked.ranges.items()})):
+        asked.template.check(run)  # before anything is drawn
+    study = _study(store, asked.name)
     base = _scores(store, asked, asked.base(), measure)
-    study = optuna.create_study(
-        storage=f"sqlite:///{store.folder / 'search.sqlite'}",
-        study_name=asked.name,
-        load_if_exists=True,
-        direction="maximize",
-    )
     for broken in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
         study.enqueue_trial(broken.params)
         study.tell(broken.number, state=optuna.trial.TrialState.FAIL)
@@ -84,6 +83,34 @@ def search(store: Store, asked: Search, trials: int, measure: Callable[[], None]
         told = ", ".join(f"{name} {scores[name].value:.3f}" for name in SCORES)
         print(f"trial {done + 1} of {trials}: {asked.run(trial.params).name}: {told}", flush=True)
     return _recommended(store, asked, study, base)
+
+
+def _study(store: Store, name: str) -> Any:
+    """What was tried before, or nothing yet."""
+    import optuna
+    import sqlalchemy.exc
+
+    path = store.folder / "search.sqlite"
+    try:
+        storage = f"sqlite:///{path}"
+        return optuna.create_study(storage=storage, study_name=name, load_if_exists=True, direction="maximize")
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError) as error:
+        raise Unkept(f"{path} can't be used ({plain(error, 200)}): put it away, or give another --out") from None
+
+
+def parse_ranges(texts: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """``NAME=LOW:HIGH`` each."""
+    ranges = {}
+    for text in texts:
+        key, _, ends = text.partition("=")
+        try:
+            low, high = (float(end) for end in ends.split(":"))
+        except ValueError:
+            low = high = math.nan
+        if not (key and math.isfinite(low) and math.isfinite(high) and low < high):
+            raise HostError(f"--range {plain(text)}: expected NAME=LOW:HIGH, such as scale=0:8")
+        ranges[key] = (low, high)
+    return ranges
 
 
 def _done(study: Any) -> int:

@@ -11,6 +11,7 @@ import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -18,9 +19,14 @@ from typing import Any
 from hosting.client import Prompt
 from hosting.errors import HostError
 from hosting.host import try_lock
+from PIL import Image
 
 from neggen.pairs import Pair
 from neggen.templates import Run, Template
+from neggen.words import plain
+
+IMPORTED = "imported"
+"""In a template's place, for pictures that were made elsewhere."""
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS pairs (id TEXT PRIMARY KEY, pair TEXT NOT NULL);
@@ -58,19 +64,55 @@ class Cell:
     memory: int | None
 
 
+class BadPicture(HostError):
+    """A picture that is not there, not whole, or none."""
+
+
+class Unkept(HostError):
+    """Results can't be kept or read: no work makes sense any more."""
+
+
+def opened(source: Path | bytes) -> Image.Image:
+    """A picture's pixels, RGB and read to the end. Raises BadPicture."""
+    try:
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as picture:
+            return picture.convert("RGB")
+    except Exception as error:  # Pillow raises many kinds at a file that is broken
+        where = "what came" if isinstance(source, bytes) else str(source)
+        raise BadPicture(f"{where} is no whole picture ({type(error).__name__}: {plain(error, 200)})") from None
+
+
 class Store:
-    """A folder of results. Safe to use from several threads; a process that dies leaves whole rows and whole files."""
+    """A folder of results. Safe to use from several threads; a process that dies leaves whole rows and whole files.
+
+    Raises Unkept where the disk or the database does not do its part.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.pictures = folder, folder / "pictures"
-        self.pictures.mkdir(parents=True, exist_ok=True)
         self._lock = Lock()
-        self._db = sqlite3.connect(folder / "results.sqlite", isolation_level=None, check_same_thread=False)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.executescript(SCHEMA)
+        with self._kept():
+            self.pictures.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(folder / "results.sqlite", isolation_level=None, check_same_thread=False)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.executescript(SCHEMA)
 
     def close(self) -> None:
-        self._db.close()
+        with self._lock:
+            self._db.close()
+
+    @contextlib.contextmanager
+    def _kept(self) -> Iterator[None]:
+        """What the disk or the database says goes on as Unkept."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise Unkept(
+                f"{self.folder / 'results.sqlite'} can't be used ({error}); is it damaged, or another program's? "
+                f"Put it away, or give another --out"
+            ) from None
+        except OSError as error:
+            raise Unkept(f"{self.folder}: {error}") from None
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -81,44 +123,64 @@ class Store:
             yield
 
     def _do(self, sql: str, *values: Any) -> list[tuple]:
-        with self._lock:
-            return self._db.execute(sql, values).fetchall()
+        fit = [plain(value, len(value)) if isinstance(value, str) else value for value in values]
+        with self._lock, self._kept():
+            return self._db.execute(sql, fit).fetchall()
 
     def plan(self, template: Template, runs: Sequence[Run], pairs: Sequence[Pair], seeds: Sequence[int]) -> None:
         """Adds what is not there yet. A run's name stands for one setting of one template in a folder, for good."""
-        with self._lock:
+        with self._whole():
+            for run in runs:
+                self._add_run(template.name, run)
+            for pair in pairs:
+                self._add_pair(pair)
+            for run in runs:
+                for pair in pairs:
+                    for seed in seeds:
+                        self._add_cell(run, pair, seed, template.fill(run, pair.prompt, pair.missing_element, seed))
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """All that is written inside, or nothing."""
+        with self._lock, self._kept():
             self._db.execute("BEGIN IMMEDIATE")
             try:
-                for run in runs:
-                    self._add_run(template, run)
-                for pair in pairs:
-                    self._db.execute("INSERT OR IGNORE INTO pairs VALUES (?, ?)", (pair.id, json.dumps(asdict(pair))))
-                for run in runs:
-                    for pair in pairs:
-                        for seed in seeds:
-                            self._add_cell(run, pair, seed, template.fill(run, pair.prompt, pair.missing_element, seed))
+                yield
                 self._db.execute("COMMIT")
             except BaseException:
                 self._db.execute("ROLLBACK")
                 raise
 
-    def _add_run(self, template: Template, run: Run) -> None:
-        row = (template.name, run.method, json.dumps(run.settings, sort_keys=True))
+    def take_in(self, name: str, pair: Pair, seed: int, file: bytes) -> None:
+        """Keeps a picture made elsewhere, as a PNG of its pixels alone, under a run's name. Raises BadPicture."""
+        out = BytesIO()
+        opened(file).save(out, "PNG")
+        source = {IMPORTED: hashlib.sha256(out.getvalue()).hexdigest()}
+        run = Run(name, IMPORTED, {})
+        with self._whole():
+            self._add_run(IMPORTED, run)
+            self._add_pair(pair)
+            self._add_cell(run, pair, seed, source)
+        self.drawn(_key(source), out.getvalue(), None)
+
+    def _add_pair(self, pair: Pair) -> None:
+        self._db.execute("INSERT OR IGNORE INTO pairs VALUES (?, ?)", (pair.id, json.dumps(asdict(pair))))
+
+    def _add_run(self, template: str, run: Run) -> None:
+        row = (template, run.method, json.dumps(run.settings, sort_keys=True))
         known = self._db.execute("SELECT template, method, settings FROM runs WHERE name = ?", (run.name,)).fetchone()
         if known not in (None, row):
             raise HostError(f"{self.folder} has another run {run.name!r} ({known}, now {row}): rename it, or use --out")
         self._db.execute("INSERT OR IGNORE INTO runs VALUES (?, ?, ?, ?)", (run.name, *row))
 
-    def _add_cell(self, run: Run, pair: Pair, seed: int, graph: Prompt) -> None:
-        text = json.dumps(graph, sort_keys=True)
-        key = hashlib.sha256(text.encode()).hexdigest()[:32]
+    def _add_cell(self, run: Run, pair: Pair, seed: int, graph: Prompt | dict[str, str]) -> None:
+        text, key = json.dumps(graph, sort_keys=True), _key(graph)
         place = (run.name, pair.id, seed)
         query = "SELECT key FROM cells WHERE run = ? AND pair = ? AND seed = ?"
         known = self._db.execute(query, place).fetchone()
         if known not in (None, (key,)):
-            raise HostError(
-                f"{self.folder}: the template of run {run.name!r} has changed: rename the run, or use --out"
-            )
+            changed = "a picture" if run.method == IMPORTED else "the template"
+            raise HostError(f"{self.folder}: {changed} of run {run.name!r} has changed: rename the run, or use --out")
         self._db.execute("INSERT OR IGNORE INTO pictures (key, graph) VALUES (?, ?)", (key, text))
         self._db.execute("INSERT OR IGNORE INTO cells VALUES (?, ?, ?, ?)", (*place, key))
 
@@ -139,19 +201,30 @@ class Store:
         self._do(query, error, key)
 
     def drawn(self, key: str, png: bytes, seconds: float | None, memory: int | None = None) -> None:
-        """Keeps a picture: the file, then its row."""
+        """Keeps a picture: the file, then its row. Raises BadPicture for what is none, or not whole."""
+        opened(png)
         path = self.path(key)
         part = path.with_suffix(".part")
-        with part.open("wb") as file:
-            file.write(png)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        with self._kept():
+            with part.open("wb") as file:
+                file.write(png)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
         query = "UPDATE pictures SET sha256 = ?, seconds = ?, memory = ?, error = NULL WHERE key = ?"
         self._do(query, hashlib.sha256(png).hexdigest(), seconds, memory, key)
 
     def path(self, key: str) -> Path:
         return self.pictures / f"{key}.png"
+
+    def forget_lost(self) -> int:
+        """Pictures whose file is gone or damaged are to be drawn again; gives how many. Not those made elsewhere."""
+        lost = 0
+        for key, graph, digest in self._do("SELECT key, graph, sha256 FROM pictures WHERE sha256 IS NOT NULL"):
+            if IMPORTED not in json.loads(graph) and digest != _digest(self.path(key)):
+                self._do("UPDATE pictures SET sha256 = NULL, attempts = attempts + 1, server = NULL WHERE key = ?", key)
+                lost += 1
+        return lost
 
     def runs(self) -> list[Run]:
         rows = self._do("SELECT name, method, settings FROM runs ORDER BY rowid")
@@ -198,3 +271,15 @@ class Store:
         ):
             out.setdefault(judge, {})[key, pair] = tuple(scores)
         return out
+
+
+def _key(graph: Any) -> str:
+    """A picture's name: the digest of what it is made of."""
+    return hashlib.sha256(json.dumps(graph, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _digest(path: Path) -> str | None:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None

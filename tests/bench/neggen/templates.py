@@ -17,6 +17,8 @@ from typing import Any
 from hosting.client import Prompt
 from hosting.errors import HostError
 
+from neggen.words import plain
+
 SHIPPED = Path(__file__).with_name("templates")
 SLOT = re.compile(r"\{\{\s*(\w+)\s*\}\}")
 PAIR_SLOTS = ("prompt", "negative", "seed")
@@ -64,7 +66,8 @@ def load(source: str) -> Template:
     path = Path(source) if source.endswith(".json") else SHIPPED / f"{source}.json"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        json.dumps(data, ensure_ascii=False).encode()  # half a character can neither be kept nor sent
+    except (OSError, ValueError, RecursionError) as error:
         shipped = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.json")))
         raise HostError(f"template {source}: {error}; --template takes {shipped}, or a .json file") from None
     if not isinstance(data, dict):
@@ -89,7 +92,7 @@ def load(source: str) -> Template:
 
 def parse_run(text: str) -> list[Run]:
     """``[NAME=]METHOD[:key=v[,v ...]]...``: several values make a run for each combination."""
-    head, *settings = text.split(":")
+    head, *settings = plain(text, len(text)).split(":")
     name, _, method = head.rpartition("=")
     choices: dict[str, list[Any]] = {}
     for setting in settings:

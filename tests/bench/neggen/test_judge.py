@@ -1,6 +1,8 @@
 """Judges: an endpoint that misbehaves in every way, a person at the page, and the toy's detectors."""
 
+import _thread
 import json
+import math
 import os
 import threading
 import time
@@ -13,10 +15,10 @@ from hosting.errors import HostError
 from PIL import Image, PngImagePlugin
 
 from neggen import __main__ as command
-from neggen import human, judging, pairs
-from neggen.endpoint import ASK, Broken, Endpoint
+from neggen import forms, human, judging, pairs
+from neggen.endpoint import Broken, Endpoint, Unreadable
 
-KEY = "sk-test-0123456789"
+KEY = "sk-test/0123456789"
 GOOD = {"positive": 1, "negative": 0.5, "quality": 0.8}
 SCORES = (1.0, 0.5, 0.8)
 
@@ -51,13 +53,28 @@ ANSWERS = {
     "400": (400, {}, b"response_format is not supported"),
     "401": (401, {}, f"wrong key {KEY}".encode()),
     "404": (404, {}, b"no such model"),
+    "an odd digit for Retry-After": (429, {"Retry-After": "\u00b2".encode().decode("latin-1")}, b""),
+    "endless tokens": (200, {}, completion(json.dumps(GOOD), usage={"prompt_tokens": math.inf})),
+    "negative tokens": (200, {}, completion(json.dumps(GOOD), usage={"prompt_tokens": -9e9, "completion_tokens": -9})),
+    "words for tokens": (
+        200,
+        {},
+        completion(json.dumps(GOOD), usage={"prompt_tokens": "many", "completion_tokens": {}}),
+    ),
+    "half a character": (200, {}, completion("\ud83d \x1b[2J " + json.dumps(GOOD))),
+    "deep": (200, {}, b'{"choices": ' + b"[" * 200_000),
+    "deep inside": (200, {}, completion('{"a": ' * 3000 + json.dumps(GOOD))),
+    "braces": (200, {}, completion('{"why": "{it} {is}"} ' + json.dumps(GOOD) + " {}")),
     "echo": (500, {}, (" " * 290 + f"you sent Bearer {KEY}").encode()),
 }
 
 
 @contextmanager
 def endpoint(*behaviours):
-    """A local server that behaves as listed, one behaviour a request, the last one for ever; ``seen``: the requests."""
+    """A local server that behaves as listed, one behaviour a request, the last one for ever; ``seen``: the requests.
+
+    A behaviour is one of ``ANSWERS``, of the few below, or a function of the request's body.
+    """
     seen, lock = [], threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -79,7 +96,7 @@ def endpoint(*behaviours):
                     self.wfile.write(b" " * 8192)
                     time.sleep(0.1)
                 return
-            status, headers, text = ANSWERS[how]
+            status, headers, text = how(body) if callable(how) else ANSWERS[how]
             self.send_response(status)
             for name, value in {**headers, "Content-Length": str(len(text) + 9 * (how == "half"))}.items():
                 self.send_header(name, value)
@@ -123,12 +140,20 @@ def ask(address, store, **options):
     return one, one.judge(store.path(cell.key), cell.pair)
 
 
-@pytest.mark.parametrize("how", ["good", "in parts", "talks", "no usage"])
+COUNTED = ("good", "in parts", "talks", "half a character", "deep inside", "braces")
+GUESSED = ("no usage", "endless tokens", "negative tokens", "words for tokens")
+
+
+@pytest.mark.parametrize("how", [*COUNTED, *GUESSED])
 def test_valid_answers(judged, how):
     with endpoint(how) as (address, seen):
         one, (scores, words) = ask(address, judged, prices=(2.0, 100.0))
-    assert scores == SCORES and "quality" in words
-    assert one.cost == pytest.approx(0.0 if how == "no usage" else 0.003)
+    assert scores == SCORES and "\x1b" not in words and words.encode()
+    guess = len(forms.load("ours").texts(judged.cells()[0].pair)[1]) // 4 + 9  # 64 pixels are three patches a side
+    assert one.tokens_in == (guess if how in GUESSED else 1000)
+    assert one.cost == pytest.approx(
+        (2 * guess + 100 * (len(json.dumps(GOOD)) // 4)) / 1e6 if how in GUESSED else 0.003
+    )
     ((_, path, headers, body),) = seen
     assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}"
     text, image = body["messages"][0]["content"]
@@ -141,6 +166,7 @@ def test_valid_answers(judged, how):
 BAD = [
     *("no scores", "a score missing", "out of range", "words for numbers", "not finite", "null", "a list", "half"),
     *("html", "empty", "binary", "huge", "500", "redirect", "hang up", "silent", "drip", "odd Retry-After"),
+    *("an odd digit for Retry-After", "deep"),
 ]
 
 
@@ -155,10 +181,10 @@ def test_another_try(judged, how):
 def test_no_endless_tries(judged):
     with (
         endpoint("no scores") as (address, seen),
-        pytest.raises(HostError, match="in 3 tries; the last: .*not see the"),
+        pytest.raises(Unreadable, match="in 2 tries; the last: .*not see the"),
     ):
         ask(address, judged)
-    assert len(seen) == 3
+    assert len(seen) == 2
 
 
 @pytest.mark.parametrize("how", ["429", "503"])
@@ -222,7 +248,7 @@ def test_a_search_estimates_its_most_before_it_draws(tmp_path, capsys):
     shown = capsys.readouterr()
     assert "at most 30 pictures to a-model: about " in shown.out and "nothing was sent" in shown.err and not seen
     cost = float(shown.out.split("cost: ")[1].split()[0])
-    ask = len(ASK.format(pairs.load("toy")[0])) / 4
+    ask = len(forms.load("ours").texts(pairs.load("toy")[0])[1]) / 4
     assert cost == pytest.approx(30 * (ask + 100), rel=0.1), "256 pixels are ten patches a side"
 
 
@@ -246,6 +272,75 @@ def test_the_key_is_nowhere(judged, capfd, monkeypatch, caplog):
     assert KEY[:8] not in told.out + told.err + caplog.text
     judged.close()
     assert not any(KEY.encode() in path.read_bytes() for path in judged.folder.rglob("*") if path.is_file())
+
+
+LEAKS = [KEY, *(KEY.replace("/", how) for how in (r"\/", r"\\/", "%2F", "&#47;"))]
+LEAKS += ["".join(rf"\u{ord(c):04x}" for c in KEY), KEY.replace("k", r"\u006B"), KEY.replace("k", r"\\x6b")]
+
+
+@pytest.mark.parametrize("leak", LEAKS)
+def test_no_spelling_of_the_key_is_kept(judged, leak, monkeypatch):
+    """In the model's words; as JSON text, where the server's JSON undoes one layer more, and raw, where it does not."""
+    raw = json.dumps(GOOD)[:-1] + f', "why": "Bearer {leak}"}}'
+    for body in (completion(raw), completion("KEY " + json.dumps(GOOD)).replace(b"KEY", leak.encode())):
+        monkeypatch.setitem(ANSWERS, "leak", (200, {}, body))
+        with endpoint("leak") as (address, _):
+            try:
+                words = ask(address, judged, tries=1)[1][1]
+            except HostError as error:
+                words = str(error)
+        assert "***" in words and "0123" not in words and "30\\u0031" not in words, words
+
+
+def test_one_picture_that_can_not_be_read_costs_that_one(judged, capsys):
+    cells = judged.cells()
+    judged.path(cells[0].key).unlink()
+    whole = judged.path(cells[-1].key).read_bytes()
+    judged.path(cells[-1].key).write_bytes(whole[: len(whole) // 2])
+    with endpoint("good") as (address, seen):
+        assert run(judged, address, "--yes") == 1
+    spoiled = {cells[0].key, cells[-1].key}
+    assert {key for key, _ in judged.scores()["a-model"]} == {cell.key for cell in cells} - spoiled
+    shown = capsys.readouterr()
+    assert all(f"{key}.png is no whole picture" in shown.out for key in spoiled)
+    assert "Traceback" not in shown.out + shown.err
+
+
+def test_one_odd_first_answer_costs_one_picture(judged, monkeypatch):
+    monkeypatch.setattr(Endpoint, "_pause", lambda *_: 0.0)
+    with endpoint("no scores", "no scores", "good") as (address, _):
+        assert run(judged, address, "--yes", "--at-once", "1") == 1
+    assert len(judged.scores()["a-model"]) == 9
+
+
+@pytest.mark.parametrize("how", ["no scores", "null", "a list", "a score missing"])
+def test_a_judge_that_never_answers_in_form_is_stopped_early(judged, how, capsys, monkeypatch):
+    monkeypatch.setattr(Endpoint, "_pause", lambda *_: 0.0)
+    with endpoint(how) as (address, seen):
+        assert run(judged, address, "--yes") == 1
+    told = capsys.readouterr().err
+    assert "no answer about 3 pictures has the form asked for, see --prompt" in told and len(seen) <= 10, told
+    assert {"no scores": "can not see", "a score missing": "'quality' is missing"}.get(how, "not a chat") in told
+
+
+def test_negative_tokens_do_not_defeat_max_cost(judged, capsys):
+    with endpoint("negative tokens") as (address, seen):
+        assert run(judged, address, "--yes", "--prices", "1e6", "0", "--max-cost", "500", "--at-once", "1") == 1
+    assert "stopped: " in capsys.readouterr().err and 0 < len(seen) < 10
+
+
+def test_ctrl_c_does_not_wait_for_answers(judged):
+    release, start = threading.Event(), time.monotonic()
+
+    def judge(cell):
+        release.wait(20)
+        return SCORES, ""
+
+    threading.Timer(0.5, _thread.interrupt_main).start()
+    with pytest.raises(KeyboardInterrupt):
+        judging.judge_all(judged, "me", judge, at_once=3)
+    assert time.monotonic() - start < 5, "it waited for those that were asked already"
+    release.set()
 
 
 @pytest.fixture

@@ -112,27 +112,42 @@ def test_templates_of_ones_own(tmp_path):
     path.write_text(json.dumps({"1": {"class_type": "A", "inputs": {"text": "{{prompt}}"}}}))
     with pytest.raises(HostError, match="no slot seed"):
         templates.load(str(path))
-    with pytest.raises(HostError, match="takes flux_schnell, sd35_large_turbo, toy_sd3, wan21_1_3b"):
+    with pytest.raises(HostError, match="takes flux_schnell, qwen_image, sd35_large_turbo, toy_sd3, wan21_1_3b"):
         templates.load("sdxl")
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in templates.SHIPPED.glob("*.json")))
+SHIPPED = sorted(path.stem for path in templates.SHIPPED.glob("*.json"))
+GIVEN = {"scale": 2.0, "offset": 0.1, "phi": 0.4, "blend": 0.5, "tau": 5.0}
+GIVEN |= {"nag_scale": 5.0, "nag_alpha": 0.25, "nag_tau": 2.5}
+
+
+def runs_of(template):
+    """Its runs, and one of every method that these leave out."""
+    made = []
+    for method in set(template.methods) - {run.method for run in template.runs}:
+        names = templates.slots_of(template.methods[method]) - {*templates.PAIR_SLOTS, *template.slots}
+        settings = {"cfg": 2.0} if method == "cfg" else {name: GIVEN[name] for name in sorted(names)}
+        made.append(templates.Run(method, method, settings))
+    return [*template.runs, *map(template.check, made)]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_templates_use_nodes_and_inputs_that_exist(server, name):
     """In the real server's own schema; the models that they name are not at hand."""
     known, template = ComfyClient(server.address).object_info(), templates.load(name)
-    for run in template.runs:
+    for run in runs_of(template):
         for node in template.fill(run, "a", "b", 1).values():
             schema = known[node["class_type"]]["input"]
             inputs = {**schema["required"], **schema.get("optional", {})}
             assert set(schema["required"]) <= set(node["inputs"]) <= set(inputs), node
 
 
-@pytest.mark.parametrize("name", ["flux_schnell", "sd35_large_turbo", "wan21_1_3b"])
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name != "toy_sd3"])
 def test_shipped_templates_draw(server, name):
     """With toy models, small and in two steps: every run saves one picture, like no other's."""
     client, template = ComfyClient(server.address), templates.load(name)
     seen = {}
-    for run in template.runs:
+    for run in runs_of(template):
         graph = with_toys(template.fill(run, "a house", "a roof", 1))
         (ref,) = client.run(graph)["save"]["images"]
         picture = Image.open(BytesIO(client.image(ref)))

@@ -3,10 +3,13 @@
 import csv
 import io
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from hosting.errors import HostError
+from matplotlib.figure import Figure
 from PIL import Image
 
 from neggen import pairs, report, templates
@@ -106,7 +109,7 @@ def test_the_order_of_work_does_not_show(store, tmp_path):
         files = report.write(made, tmp_path / name)
         files += sorted((tmp_path / name).glob("*.png"))
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert len(names) == 4 + 2 * 3
+    assert len(names) == 4 + 2 * 3 + 1
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
@@ -132,5 +135,74 @@ def test_it_opens_in_a_browser(store, tmp_path):
 def test_costs(store):
     store._do("UPDATE pictures SET seconds = 2.0, memory = 3 * 1024 * 1024 * 1024 WHERE key = ?", store.cells()[-1].key)
     none, *_, last = report.Results(store).costs()
-    assert none == report.Cost("none", 1.0, 1.0, 1.0, 8)
+    assert none == report.Cost("none", 1.0, 1.0, 1.0, 4), "two pairs share each of its pictures"
     assert last.ratio == 1.0 and last.memory == 3.0, "the median of the seconds, the most of the memory"
+
+
+ODD = ["a/b", "a-b", "=1+1", "<img onerror=alert(1)> | ![x](http://x) |", "$\\frac{$ " + 60 * "long "]
+
+
+def test_names_of_judges_are_theirs_and_do_no_harm(store, tmp_path, monkeypatch):
+    """Any name has plots of its own; none is Markdown, HTML or a formula."""
+    cells = [cell for cell in store.cells() if cell.run != "none"]
+    for k, name in enumerate(ODD):
+        for cell in cells:
+            store.score(name, cell, [1.0, (k + int(cell.key[:4], 16)) % 7 / 7, 0.5])
+    monkeypatch.setattr(report.Results, "sweeps", lambda *_: {})
+    files = report.write(store, tmp_path / "report", pairs_shown=1)
+    plots = {path.name for path in (tmp_path / "report").glob("trade-off-positive-*.png")}
+    assert len({name.lower() for name in plots}) == len(ODD) + 2
+    pictures = {name: (tmp_path / "report" / name).read_bytes() for name in plots}
+    assert len(set(pictures.values())) == len(plots), "one judge's plot is another's"
+    html, markdown = (path.read_text() for path in files[:2])
+    assert "<img onerror" not in html + markdown.replace("\\<", "") and "## Judged by \\<img onerror" in markdown
+    assert "\\| \\!\\[x\\](http://x) \\|" in markdown
+    lines = [line for line in markdown.split("\n## How far")[1].split("\n## ")[0].splitlines() if line[:2] == "| "][1:]
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == 10 for line in lines) and len(lines) == 7 * 6 / 2
+    names = {row[0] for path in files[2:] for row in csv.reader(path.open())}
+    assert "'=1+1" in names and not any(name[:1] in "=+-@" for name in names if name)
+
+
+def test_a_picture_that_is_lost_shows(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "_plots", lambda *_: [])
+    gone, half = store.cells()[-1].key, store.cells()[0].key
+    store.path(gone).unlink()
+    store.path(half).write_bytes(store.path(half).read_bytes()[:60])
+    html, markdown = (path.read_text() for path in report.write(store, tmp_path / "report")[:2])
+    for key in (gone, half):
+        assert f"{key}.png is no whole picture" in html and key in markdown
+    assert "40 of 40" in html
+
+
+def test_rules_for_scores(store, tmp_path):
+    """Half counts as no, or stays a half; one judge's positive scores in another's table, on what both judged."""
+    for k, cell in enumerate(store.cells()):
+        store.score("halves", cell, [None, (0.5, 0.6, 0.2, 1.0)[k % 4], 0.8])
+    given = store.scores()
+    for levels, rule in ((2, lambda s: float(s > 0.5)), (3, lambda s: {0.5: 0.5, 0.6: 0.5, 0.2: 0.0, 1.0: 1.0}[s])):
+        path, _ = report._tables(report.Results(store, levels, "a/model <b>"), tmp_path)
+        rows = [row for row in csv.DictReader(path.open()) if row["judge"] == "halves"]
+        assert len(rows) == 5
+        for row in rows:
+            places = [(cell.key, cell.pair.id) for cell in store.cells() if cell.run == row["run"]]
+            told = [given["halves"][place] for place in places]
+            positive = [given["a/model <b>"][place][0] for place in places if place in given["a/model <b>"]]
+            assert float(row["negative"]) == pytest.approx(np.mean([rule(n) for _, n, _ in told]))
+            assert float(row["positive"]) == pytest.approx(np.mean(positive)) and float(row["quality"]) == 0.8
+    assert {row["negative"]["r"] for row in report.Results(store, 2).agreement()} == {
+        row["negative"]["r"] for row in report.Results(store).agreement()
+    }, "agreement is of scores as given"
+    with pytest.raises(HostError, match="--positive-from me: no such judge; a/model <b>, halves, person"):
+        report.write(store, tmp_path / "report", positive_from="me")
+
+
+def test_regression_of_quality(store):
+    """Fig. 10: what the scatter shows is what both judged, and its line is that of least squares."""
+    values = report.Results(store).both("a/model <b>", "person", "quality")
+    drawn = Figure().add_subplot()
+    report._scatter(drawn, values, "a/model <b>", "person")
+    assert len(values) == 20 and {tuple(place) for place in drawn.collections[0].get_offsets()} == {*map(tuple, values)}
+    slope, level = np.linalg.lstsq(np.stack([values[:, 0], np.ones(20)], 1), values[:, 1], rcond=None)[0]
+    x, y = drawn.lines[0].get_data()
+    assert y == pytest.approx(slope * x + level) and [*x] == [values[:, 0].min(), values[:, 0].max()]
+    assert f"r = {np.corrcoef(values.T)[0, 1]:.2f}" in drawn.lines[0].get_label()

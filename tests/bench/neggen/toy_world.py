@@ -4,12 +4,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "toy"))
 
 import world  # noqa: E402
 from hosting.errors import HostError  # noqa: E402
+
+from neggen.store import opened  # noqa: E402
 
 
 def judge(picture: Path, prompt: str, missing: str) -> tuple[float, float, float]:
@@ -23,7 +24,7 @@ def judge(picture: Path, prompt: str, missing: str) -> tuple[float, float, float
     if not parts:
         known = ", ".join(world.BY_NAME)
         raise HostError(f"the toy judge knows one of {known}, and their parts, not {prompt!r} without {missing!r}")
-    image = np.asarray(Image.open(picture).convert("RGB"), np.float32) / 255
+    image = np.asarray(opened(picture), np.float32) / 255
     factor, rest = divmod(len(image), world.SIZE)
     if rest or image.shape != (len(image), len(image), 3):
         raise HostError(f"the toy judge sees {world.SIZE}x{world.SIZE} pixels, enlarged; {picture} is {image.shape}")

@@ -188,7 +188,7 @@ def test_published_numbers_are_the_same_everywhere():
     of_sd35 = [*(ROOT / "workflows").glob("*sd35*.json"), *(ROOT / "subgraphs").glob("*.json")]
     edit = ROOT / "workflows" / "vsf_generate_then_edit_flux_kontext.json"  # SD3.5's picture beside an edit of it
     of_schnell = list((ROOT / "workflows").glob("*flux_schnell*.json"))
-    assert len(of_sd35) == 5 and len(of_schnell) == 2
+    assert len(of_sd35) == 6 and len(of_schnell) == 2
     for workflow, preset in [*((w, quality) for w in (*of_sd35, edit)), *((w, schnell) for w in of_schnell)]:
         nodes = nodes_of(workflow)
         scale, offset, _, _, _, layout, *_ = nodes["VSFModelPatch"]

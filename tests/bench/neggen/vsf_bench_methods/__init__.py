@@ -1,6 +1,6 @@
 """Custom nodes for the benchmark: NAG, NASA and VSF's ablations, at cfg 1. Not for artists, and not shipped.
 
-The negative comes in as VSF Negative Conditioning attached it, and is taken off again: the model that comes out knows it.
+The negative comes in as VSF Negative Conditioning attached it, and is taken off again: the model that comes out has it.
 """
 
 import sys

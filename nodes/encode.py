@@ -2,7 +2,7 @@
 How the padding is found depends on the encoder: see ``text_encoder.py``; what of a text an encoder can read:
 ``prompt_text.py``."""
 
-import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -13,9 +13,7 @@ from torch import Tensor
 from ..vsf_core import extrapolate, null_embedding
 from .families import FAMILIES
 from .prompt_text import Reader, pieces_of, tokenized, without_embeddings
-from .text_encoder import Own, TextEncoder, Tokens
-
-log = logging.getLogger(__name__)
+from .text_encoder import InTemplate, Own, Segment, TextEncoder, Tokens
 
 ENCODERS = tuple({encoder.name: encoder for family in FAMILIES for encoder in family.text_encoders}.values())
 
@@ -26,13 +24,18 @@ Parts = dict[str, tuple[Tensor, Own]]
 @dataclass(frozen=True)
 class ReadText:
     """What a CLIP's tokenizers read of a text. padded: ComfyUI's tokens; tokens: those without the padding that would
-    change the others' embeddings; words: what they say to people, by segment; remarks: on what they could not read, or
-    not as it is written."""
+    change the others' embeddings; words: what they say to people, by segment; left_out: remarks on what they could not
+    read; notes: on what they read otherwise than it is written."""
 
     padded: Tokens
     tokens: Tokens
     words: dict[str, list[str]]
-    remarks: tuple[str, ...]
+    left_out: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        return self.left_out + self.notes
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,9 @@ def encode_negative(clip: Any, text: str, extrapolation: float = 0.0) -> tuple[l
     Raises ``ValueError`` for an encoder that is not in ``ENCODERS``, and for a text of which it can read nothing.
     """
     encoder, empty = _encoder_of(clip), clip.tokenize("")
-    read = _read(clip, encoder, text, empty)
+    read = _read(clip, encoder, text.strip(), empty)
     if not any(read.words.values()):
-        if read.remarks:
+        if read.left_out:
             raise ValueError(f"VSF: nothing is left of the text. {' '.join(read.remarks)} Say it in other words.")
         return [], read
     encodings = _encodings(clip, encoder, read.tokens, empty)
@@ -112,20 +115,31 @@ def _read(clip: Any, encoder: TextEncoder, text: str, empty: Tokens) -> ReadText
     for i, letter in enumerate(text):
         if "\ud800" <= letter <= "\udfff":  # half of a pair, which every tokenizer refuses in its own way
             raise ValueError(f"VSF: character {i + 1} of the text is not valid Unicode. Please delete it.")
-    pieces, words, remarks = pieces_of(text), {}, []
-    padded = tokenized(clip, without_embeddings(text, pieces))  # HunyuanVideo's fails with them
+    pieces, words, left_out, notes = pieces_of(text), {}, {}, {}
+    padded = tokenized(clip, without_embeddings(text, pieces))  # with keys, too, that only some texts have
     tokens = dict(padded)
-    for segment in dict.fromkeys((*encoder.segments, *encoder.shown)):
+    for segment, embeds in _segments(encoder, empty):
         said = {}
-        for reader in Reader.all_of(clip, segment):
-            chunks, left_out = reader.read(text, pieces, segment, empty[reader.key])
-            said[reader.name] = segment.words(chunks, reader.tokenizer, empty[reader.key])
-            padded[reader.key], tokens[reader.key] = chunks, segment.sent(chunks, reader.tokenizer)
-            remarks += left_out
+        for reader in Reader.all_of(clip, segment, embeds):
+            read = reader.read(text, pieces, segment, empty[reader.key])
+            said[reader.name] = segment.words(read.chunks, reader.tokenizer, empty[reader.key])
+            padded[reader.key], tokens[reader.key] = read.chunks, segment.sent(read.chunks, reader.tokenizer)
+            if segment in encoder.shown:
+                left_out |= dict.fromkeys(read.left_out)
+                notes |= dict.fromkeys(read.notes)
         if segment in encoder.shown:
             alike = len({*map(tuple, said.values())}) == 1  # CLIP-L's and CLIP-G's, but for embeddings
             words |= {segment.name: next(iter(said.values()))} if alike else said
-    return ReadText(padded, tokens, words, tuple(dict.fromkeys(remarks)))
+    return ReadText(padded, tokens, words, tuple(left_out), tuple(notes))
+
+
+def _segments(encoder: TextEncoder, empty: Tokens) -> Iterator[tuple[Segment, bool]]:
+    """All that is encoded, those of which only the pooled output is used last; and whether it may have embeddings."""
+    known = dict.fromkeys((*encoder.segments, *encoder.shown))
+    yield from ((segment, encoder.asked is None) for segment in known)
+    whole = not any(isinstance(segment, InTemplate) for segment in known)  # ComfyUI's HunyuanVideo fails with them
+    others = empty.keys() - {key for segment in known for key in segment.keys}
+    yield from ((Segment(key, (key,)), whole) for key in sorted(others))
 
 
 def _encoder_of(clip: Any) -> TextEncoder:

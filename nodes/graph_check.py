@@ -49,15 +49,27 @@ def reads_a_picture(prompt: dict, node: str, name: str) -> str | None:
     with its text, as those of edit models do; None where there is none."""
     todo, seen = _sources(prompt, node, {name}), set()
     while todo:
-        source, _ = todo.pop()
-        if source in seen:
+        source, slot = todo.pop()
+        if (source, slot) in seen:
             continue
-        seen.add(source)
+        seen.add((source, slot))
         given = {_output(prompt, *other) for other in _sources(prompt, source)}
         if "CLIP" in given and given & {"IMAGE", "CLIP_VISION_OUTPUT"}:
             return prompt[source]["class_type"]
-        todo += [other for other in _sources(prompt, source) if _output(prompt, *other) == "CONDITIONING"]
+        todo += [one for one in _sources(prompt, source, _of_output(prompt, source, slot)) if _is_text(prompt, *one)]
     return None
+
+
+def _of_output(prompt: dict, node: str, slot: int) -> set[str] | None:
+    """The inputs that an output of a node with several conditionings is made of: those of its name; None: any."""
+    known = _class_of(prompt, node)
+    kinds, names = getattr(known, "RETURN_TYPES", ()), getattr(known, "RETURN_NAMES", None) or ()
+    several = sum(kind == "CONDITIONING" for kind in kinds) > 1
+    return {str(names[slot])} if several and slot < len(names) else None
+
+
+def _is_text(prompt: dict, node: str, slot: int) -> bool:
+    return _output(prompt, node, slot) in ("CONDITIONING", "*")
 
 
 def _sources(prompt: dict, node: str, names: Container[str] | None = None) -> list[tuple[str, int]]:
@@ -69,9 +81,13 @@ def _sources(prompt: dict, node: str, names: Container[str] | None = None) -> li
 
 def _output(prompt: dict, node: str, slot: int) -> str | None:
     """The type of a node's output."""
-    known = getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {})
-    kinds = getattr(known.get(prompt[node].get("class_type")), "RETURN_TYPES", ())
-    return kinds[slot] if isinstance(slot, int) and slot < len(kinds) else None
+    kinds = getattr(_class_of(prompt, node), "RETURN_TYPES", ())
+    kind = kinds[slot] if isinstance(slot, int) and slot < len(kinds) else None
+    return kind if isinstance(kind, str) else None
+
+
+def _class_of(prompt: dict, node: str) -> type | None:
+    return getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {}).get(prompt[node].get("class_type"))
 
 
 def _of_class(prompt: dict, kind: str) -> list[str]:

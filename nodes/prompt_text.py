@@ -16,6 +16,8 @@ from .checks import shown
 from .text_encoder import Chunks, InTemplate, Segment, Tokens, ids_of, named
 
 _EMBEDDING = "embedding:"
+_TEMPLATES = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>")
+"""How a text begins that ComfyUI takes for a template of its own."""
 
 
 @dataclass(frozen=True)
@@ -79,42 +81,56 @@ def _with_weight(piece: Piece) -> str:
 
 
 def _bare(piece: Piece) -> str:
-    return f" {_EMBEDDING}{piece.text} " if piece.is_embedding else re.sub(r"[()]", r"\\\g<0>", piece.text)
+    text = re.sub(r"[()]", r"\\\g<0>", piece.text)
+    return f" {_EMBEDDING}{text} " if piece.is_embedding else text
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one tokenizer reads of a text: tokens, remarks on what it leaves out, and on what it reads otherwise."""
+
+    chunks: Chunks
+    left_out: list[str]
+    notes: list[str]
 
 
 @dataclass(frozen=True)
 class Reader:
-    """One of the tokenizers of a ComfyUI CLIP object. ``name``: for people."""
+    """One of the tokenizers of a ComfyUI CLIP object. ``name``: for people; ``embeds``: whether it may be given
+    embeddings."""
 
     clip: Any
     key: str
     tokenizer: Any
     name: str
+    embeds: bool
 
     @classmethod
-    def all_of(cls, clip: Any, segment: Segment) -> Iterator["Reader"]:
+    def all_of(cls, clip: Any, segment: Segment, embeds: bool) -> Iterator["Reader"]:
         """Those of ``segment``."""
         loaded = segment.present(clip)
         for key, tokenizer in loaded.items():
             name = f"{segment.name}-{key.upper()}" if len(loaded) > 1 else segment.name
-            yield cls(clip, key, tokenizer, name)
+            yield cls(clip, key, tokenizer, name, embeds)
 
-    def read(self, text: str, pieces: Sequence[Piece], segment: Segment, empty: Chunks) -> tuple[Chunks, list[str]]:
-        """The tokens of ``text``, of which ``pieces`` are the parts, and remarks on what they leave out. Of a text that
-        the tokenizer takes as it is written they are ComfyUI's own. ``empty``: the tokens of no text."""
-        usable, said = self._usable(pieces)
-        strips_weights = "(" in text.replace(r"\(", "") and not self.parses_weights
-        if strips_weights:
-            said.append(f"{self.name} has no weights: words count without theirs.")
+    def read(self, text: str, pieces: Sequence[Piece], segment: Segment, empty: Chunks) -> "Reading":
+        """What is read of ``text``, of which ``pieces`` are the parts. Of a text that the tokenizer takes as it is
+        written, the tokens are ComfyUI's own. ``empty``: the tokens of no text."""
+        if isinstance(segment, InTemplate) and text.startswith(_TEMPLATES):
+            raise _mark_in_text(next(mark for mark in _TEMPLATES if text.startswith(mark)))
+        usable, left_out = self._usable(pieces)
+        strips_weights = self._strips_weights(text, pieces)
         if any(piece.is_embedding for piece in usable) and isinstance(segment, InTemplate):
             parts = [self._part(group, segment, empty) for group in _runs(usable)]
             chunks = segment.joined(parts, self.tokens("a"), self.tokenizer, empty)
         else:
-            as_written = usable == list(pieces) and not strips_weights
+            ends_oddly = re.search(rf"{_EMBEDDING}\S*[<\[]", text)  # older ComfyUIs take this for a part of the name
+            as_written = usable == list(pieces) and not strips_weights and not ends_oddly
             chunks = self.tokens(text if as_written else _written(usable, self.parses_weights))
         if isinstance(segment, InTemplate):
             self._check_marks(segment.own_tokens(chunks, self.tokenizer, empty))
-        return chunks, said + self._loss()
+        notes = [f"{self.name} has no weights: words count without theirs."] * strips_weights
+        return Reading(chunks, left_out, notes + self._loss())
 
     def tokens(self, text: str) -> Chunks:
         return tokenized(self.clip, text)[self.key]
@@ -124,15 +140,24 @@ class Reader:
         """Whether parentheses are weights to it, and no words."""
         return ids_of(self.tokens("(a:1.5)")) == ids_of(self.tokens("a"))
 
+    def _strips_weights(self, text: str, pieces: Sequence[Piece]) -> bool:
+        """Whether ``text`` has parentheses that are no words, which the tokenizer would take for some."""
+        read = "".join(piece.text for piece in pieces)
+        return not self.parses_weights and read.count("(") < unescape_important(escape_important(text)).count("(")
+
     @cached_property
-    def width(self) -> int | None:
-        """Channels of the embeddings that its encoder takes, None where there is no encoder."""
-        encoder = named(self.clip.cond_stage_model, self.key)
-        return None if encoder is None else encoder.transformer.get_input_embeddings().weight.shape[-1]
+    def width(self) -> int:
+        """Channels of the embeddings that its encoder takes."""
+        return named(self.clip.cond_stage_model, self.key).transformer.get_input_embeddings().weight.shape[-1]
+
+    @cached_property
+    def _is_broken(self) -> bool:
+        """Whether it loses the blanks between words."""
+        return self._ids("red roof") == self._ids("redroof")
 
     def _loss(self) -> list[str]:
         """What the tokenizer does to any text."""
-        if self._ids("red roof") != self._ids("redroof"):
+        if not self._is_broken:
             return []
         installed = f"transformers {version('transformers')}"
         return [
@@ -144,10 +169,10 @@ class Reader:
         ids = {token for token, *_ in own if isinstance(token, int)}
         for mark, token in self.tokenizer.tokenizer.get_added_vocab().items():
             if token in ids:
-                raise ValueError(f"VSF: the text has {mark}, a mark of the encoder's own template. Please delete it.")
+                raise _mark_in_text(mark)
 
     def _usable(self, pieces: Sequence[Piece]) -> tuple[list[Piece], list[str]]:
-        usable, said, unknown = [], [], {}
+        usable, said, unknown = [], [], []
         for piece in pieces:
             if piece.is_embedding:
                 reason = self._why_not(piece.text)
@@ -155,7 +180,9 @@ class Reader:
                 usable += [] if reason else [piece]
             else:
                 strange = {letter: self._nearest(letter) for letter in _letters(piece.text) if not self._knows(letter)}
-                unknown |= strange
+                unknown += [
+                    letter for letter, read in strange.items() if read != _seen(letter) and letter not in unknown
+                ]
                 usable.append(replace(piece, text=_replaced(piece.text, strange)))
         if unknown:
             said.append(f"{self.name} does not know {shown(' '.join(unknown))}.")
@@ -163,28 +190,34 @@ class Reader:
 
     def _why_not(self, name: str) -> str | None:
         """Why the embedding of that name cannot be taken."""
-        if self.width is None or getattr(self.tokenizer, "embedding_directory", None) is None:
+        if not self.embeds or self._is_broken or getattr(self.tokenizer, "embedding_directory", None) is None:
             return f"{self.name} takes no embeddings: embedding:{shown(name)} is left out."
-        rows = self._embedding(name)
+        try:
+            rows = self._embedding(name)
+        except Exception as error:  # a file of another kind says so in many ways
+            return f"embedding:{shown(name)} cannot be read and is left out ({type(error).__name__}: {shown(error)})."
         if not rows:
             return f"There is no embedding {shown(name)}."
+        if rows[0].ndim != 1:
+            return f"embedding:{shown(name)} is no table of tokens and is left out."
         if rows[0].shape[-1] != self.width:
             needs = f"{self.name} takes embeddings that are {self.width} wide"
             return f"{needs}: embedding:{shown(name)} is {rows[0].shape[-1]} wide and left out."
         return None
 
     def _embedding(self, name: str) -> list[Tensor]:
-        tokens = self.tokenizer.tokenize_with_weights(f"{_EMBEDDING}{name}")
+        tokens = self.tokenizer.tokenize_with_weights(_bare(Piece(name, is_embedding=True)).strip())
         return [token for token in ids_of(tokens) if isinstance(token, Tensor)]
 
     def _knows(self, letter: str) -> bool:
         ids = self._ids(letter)
-        return bool(ids) and self._unknown not in ids
+        return self._unknown not in ids and bool(ids or not _seen(letter))
 
     def _nearest(self, letter: str) -> str:
-        """What is read in place of a letter that it does not know: the one without the accent, or a blank."""
-        bare = unicodedata.normalize("NFD", letter)[0]
-        return bare if bare != letter and self._knows(bare) else " "
+        """What is read in place of a letter that it does not know: the same without what cannot be seen, or without
+        the accent, or a blank."""
+        nearer = (_seen(letter), unicodedata.normalize("NFD", letter)[0])
+        return next((other for other in nearer if other != letter and self._knows(other)), " ")
 
     @cached_property
     def _unknown(self) -> int | None:
@@ -201,8 +234,8 @@ class Reader:
     def _part(self, group: list[Piece], segment: InTemplate, empty: Chunks) -> list[tuple]:
         """(token, weight) of an embedding, or of words without their template."""
         if group[0].is_embedding:
-            rows = (row for rows in self._embedding(group[0].text) for row in rows.reshape(-1, rows.shape[-1]))
-            return [(row, group[0].weight) for row in rows]
+            weight = group[0].weight if self.parses_weights else 1.0
+            return [(row, weight) for row in self._embedding(group[0].text)]
         return segment.own_tokens(self.tokens(_written(group, self.parses_weights)), self.tokenizer, empty)
 
 
@@ -210,8 +243,12 @@ def tokenized(clip: Any, text: str) -> Tokens:
     """``clip.tokenize``, with an error that people understand."""
     try:
         return clip.tokenize(text)
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+    except Exception as error:  # tokenizers, and files of embeddings, say it in many ways
         raise ValueError(f"VSF: the text encoder cannot read the text: {shown(error)}. Please change it.") from error
+
+
+def _mark_in_text(mark: str) -> ValueError:
+    return ValueError(f"VSF: the text has {mark}, a mark of a text encoder's template. Please delete it.")
 
 
 def _runs(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
@@ -222,7 +259,7 @@ def _runs(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
 
 
 def _letters(text: str) -> list[str]:
-    """The letters of ``text`` that can be seen, each once, with the accents and marks that belong to them."""
+    """The letters of ``text``, each once, with the accents and marks that belong to them."""
     letters: list[str] = []
     for letter in text:
         joins = unicodedata.category(letter) in ("Mn", "Mc", "Me", "Cf") or "\U0001f3fb" <= letter <= "\U0001f3ff"
@@ -230,7 +267,12 @@ def _letters(text: str) -> list[str]:
             letters[-1] += letter
         else:
             letters.append(letter)
-    return [letter for letter in dict.fromkeys(letters) if letter[0].isprintable() and not letter[0].isspace()]
+    return [letter for letter in dict.fromkeys(letters) if not letter[0].isspace()]
+
+
+def _seen(letter: str) -> str:
+    """``letter`` without marks that cannot be seen: of control, of direction, of an emoji's style."""
+    return re.sub("[\ufe00-\ufe0f]", "", "".join(c for c in letter if unicodedata.category(c) not in ("Cc", "Cf")))
 
 
 def _replaced(text: str, letters: Mapping[str, str]) -> str:

@@ -13,6 +13,8 @@ from ..vsf_core import content_length
 Chunks = list[list[tuple]]
 """What ComfyUI makes of a text before it is encoded: lists of (token, weight). A token is a number or an embedding."""
 Tokens = dict[str, Chunks]
+_MOST_BYTES = 8
+"""More tokens than any letter is made of."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,7 @@ def _spoken(ids: Sequence, tokenizer: Any) -> list[str]:
         for token in group:
             together.append(token)
             said = tokenizer.tokenizer.decode(together).strip() if is_word else "[embedding]"
-            if said and not said.endswith("\N{REPLACEMENT CHARACTER}"):
+            if said and (not said.endswith("\N{REPLACEMENT CHARACTER}") or len(together) == _MOST_BYTES):
                 words.append(said)
                 together = []
         if together and (said := tokenizer.tokenizer.decode(together).strip()):

@@ -235,5 +235,15 @@ def test_a_conditioning_with_a_picture_in_it(server):
         graph["negative"]["inputs"] |= {"text": "", "negative": ["shown", 0]}
         with pytest.raises(PromptFailed, match=f"negative comes from {class_type}, which encodes a picture"):
             client.run(graph)
+    # of a node with two conditionings, only the one of that name counts: here the positive's has the picture
+    graph["mask"] = node("SolidMask", value=1.0, width=32, height=32)
+    around = {"vae": ["vae", 0], "pixels": ["picture", 0], "mask": ["mask", 0], "noise_mask": False}
+    graph["shown"] = node("InpaintModelConditioning", positive=["words", 0], negative=["empty", 0], **around)
+    graph["negative"]["inputs"]["negative"] = ["shown", 1]
+    client.run(graph)
+    graph["negative"]["inputs"]["negative"] = ["shown", 0]
+    with pytest.raises(PromptFailed, match="which encodes a picture"):
+        client.run(graph)
+    graph["negative"]["inputs"]["negative"] = ["words", 0]
     del graph["words"]["inputs"]["image"]
     client.run(graph)

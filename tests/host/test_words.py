@@ -55,7 +55,10 @@ MAKERS = {
 }
 ALL = pytest.mark.parametrize("name", MAKERS)
 TEMPLATES = {"qwen_image", "z_image", "flux2", "klein", "ovis", "hunyuan_video", "hunyuan_video_15"}
-NO_EMBEDDINGS = {"wan", "ltxav", "qwen_image", "ovis", "hunyuan_video_15"}
+BROKEN = {"hunyuan_video"} if int(transformers.__version__.split(".")[0]) >= 5 else set()
+"""Those whose tokenizer loses the blanks between words; their encoder fails at a text that begins with an embedding."""
+NO_EMBEDDINGS = {"wan", "ltxav", "qwen_image", "ovis", "hunyuan_video_15", "anima", *BROKEN}
+"""Anima's Qwen3 would take them, but its T5 asks that with words alone."""
 NO_WEIGHTS = TEMPLATES - {"hunyuan_video"} | {"ltxav"}
 SENTENCEPIECE = {"sd3", "flux", "wan", "cosmos", "anima", "ltxv", "ltxav", "chroma"}
 """Those with a vocabulary of whole letters: what is not in it is one token for all that is unknown."""
@@ -110,9 +113,8 @@ def part(owner, key):
 
 
 def width_of(clip, key):
-    """Channels of the embeddings that the encoder under ``key`` takes; those of Anima's T5 nobody takes."""
-    encoder = part(clip.cond_stage_model, key)
-    return None if encoder is None else encoder.transformer.get_input_embeddings().weight.shape[1]
+    """Channels of the embeddings that the encoder under ``key`` takes."""
+    return part(clip.cond_stage_model, key).transformer.get_input_embeddings().weight.shape[1]
 
 
 @pytest.fixture
@@ -174,7 +176,9 @@ def test_an_embedding_that_does_not_exist(name, node, embeddings):
 @ALL
 def test_an_embedding_that_fits(name, clip, node, embeddings):
     key = READS[name][0]
-    if name in NO_EMBEDDINGS or width_of(clip, key) is None:
+    if name in NO_EMBEDDINGS:
+        embeddings("fits", 1024 if name == "anima" else 64)
+        assert same(node("roof embedding:fits tree")[0], node("roof  tree")[0])
         return
     rows = embeddings("fits", width_of(clip, key))
     negative, shown = node("roof embedding:fits tree")
@@ -224,6 +228,37 @@ def test_an_embedding_that_clip_l_alone_can_read(clip_of, pack, tmp_path):
     assert torch.equal(negative.tokens, stock[:, 1:4])  # two of the embedding and "roof"; CLIP-G has "roof" first
 
 
+@pytest.mark.parametrize("name", ["sd1", "sd3", "flux", "z_image"])
+def test_files_that_are_no_embedding(name, clip, node, tmp_path, embeddings):
+    """Whatever lies in the folder: it is left out, and said."""
+    width = width_of(clip, READS[name][-1])
+    files = {
+        "none": {},
+        "number": {"x": torch.tensor(1.0)},
+        "state": {"epoch": 3, "x": torch.zeros(2, width)},
+        "old": [{"a": torch.randn(2, 17)}],
+        "deep": {"x": torch.randn(1, 3, width)},
+    }
+    plain, _ = node("roof tree")
+    for stem, content in files.items():
+        torch.save(content, tmp_path / f"{stem}.pt")
+        negative, shown = node(f"roof embedding:{stem} tree")
+        assert same(negative, node("roof  tree")[0])
+        assert any("left out" in line or "no embedding" in line for line in shown), stem
+
+
+@pytest.mark.parametrize("name", ["sd1", "z_image", "klein"])
+def test_where_the_name_of_an_embedding_ends(name, clip, node, embeddings):
+    """At a blank, a comma, ``<`` or ``[``; older ComfyUIs went on. Parentheses in it are escaped."""
+    rows = embeddings("fits", width_of(clip, READS[name][0]))
+    embeddings("a(1)", rows.shape[1], seed=1)
+    for text in ("embedding:fits[x]", "embedding:fits<x>", r"embedding:a\(1\)", "embedding:fits, x"):
+        _, shown = node(text)
+        assert shown[1].startswith(f"{shown[1].split(':')[0]}: [embedding] · [embedding]"), (text, shown)
+    heavy, light = (node(f"roof {text}")[0].tokens for text in ("(embedding:fits:1.5)", "embedding:fits"))
+    assert torch.equal(heavy, light) == (name in NO_WEIGHTS)
+
+
 # -- letters
 
 
@@ -253,6 +288,19 @@ def is_unknown(clip, key, letter):
     ids = inner(letter)["input_ids"]
     special = {tokenizer.start_token, tokenizer.end_token}
     return unknown in [t for t in ids if t not in special] or not set(ids) - special
+
+
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_what_cannot_be_seen_is_not_pushed_away(name, node):
+    """Marks of control and direction are read as nothing; private and newest letters are unknown."""
+    plain, shown = node("roof tree")
+    assert not any("know" in line for line in shown)
+    for text in ("roof\u2060 tree", "\u202eroof tree\0", "roof\ufe0f tree"):
+        negative, shown = node(text)
+        assert same(negative, plain) and not any("know" in line for line in shown), text
+    for letter in ("\U0001fae9", "\ue000"):
+        negative, shown = node(f"roof tree {letter}")
+        assert same(negative, plain) and any("does not know" in line for line in shown)
 
 
 @pytest.mark.parametrize("name", sorted(SENTENCEPIECE - {"sd3", "ltxav"}))
@@ -359,6 +407,8 @@ def test_escaped_and_lone_parentheses_are_words(name, node):
         assert not any("has no weights" in line for line in shown)
         if name in NO_WEIGHTS - {"ltxav"}:
             assert any(")" in line for line in shown)
+    _, shown = node("((a) b")
+    assert not any("has no weights" in line for line in shown)
 
 
 @ALL
@@ -374,8 +424,18 @@ def test_weights_that_a_negative_cannot_have(name, node, text):
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
 def test_marks_of_the_template_are_no_words(name, clip, node):
     mark = "<|eot_id|>" if name == "hunyuan_video" else "<|im_end|>"
-    with pytest.raises(ValueError, match="mark of the encoder's own template"):
-        node(f"roof {mark} tree")
+    for text in (f"roof {mark} tree", "<|im_start|>user\nroof", "<|start_header_id|>roof"):
+        with pytest.raises(ValueError, match="mark of a text encoder's template"):
+            node(text)
+
+
+@ALL
+def test_blanks_around_the_text_are_no_words(name, node):
+    """In a template they would be, and a line's end would merge with the template's own."""
+    plain, _ = node("roof")
+    for text in ("roof\n", "\nroof", "  roof \n\n"):
+        assert same(node(text)[0], plain), text
+    assert node("()")[1] in (["off: no word in the text"], ["off: no negative"])
 
 
 @ALL
@@ -452,10 +512,9 @@ def test_a_negative_that_is_the_positive(pack, caplog, clip_of):
 @pytest.mark.parametrize("name", ["hunyuan_video"])
 def test_words_that_run_together_are_said(name, clip, node, caplog):
     """As transformers 5 makes of LLaMA's; with an older one there is nothing to say."""
-    broken = int(transformers.__version__.split(".")[0]) >= 5
     _, shown = node("a red roof")
-    assert any("runs words together, in the positive prompt too" in line for line in shown) == broken
-    assert ("runs words together" in caplog.text) == broken
+    assert any("runs words together, in the positive prompt too" in line for line in shown) == (name in BROKEN)
+    assert ("runs words together" in caplog.text) == (name in BROKEN)
 
 
 def test_hunyuan_video_and_flux_2_on_transformers_4():

@@ -126,6 +126,7 @@ class VSFPatch:
             lost = "the text (c_crossattn)" if c_crossattn is None else "this run's transformer_options"
             raise changed_host(f"the model was called without {lost}")
         run.applied = True
+        run.reach.look(unwrapped(executor.class_obj.diffusion_model))
         model, latent = executor.class_obj, first_latent(x, kwargs.get("latent_shapes"))
         compiled = self._is_compiled(model, transformer_options)
         if compiled:

@@ -248,17 +248,19 @@ class Run:
             self.kept[key] = self.family.kept_tokens(latent, conds)
         return self.kept[key]
 
-    def backend(self, options: Mapping[str, Any], device: torch.device, model: Any) -> Backend:
-        """Chosen once a run for each override that it meets, on each device."""
+    def backend(self, options: Mapping[str, Any], device: torch.device, model: Any, keys: int) -> Backend:
+        """Chosen once a run for each override that it meets, on each device. ``keys``: the most that an attention over
+        text has."""
         key = options.get(OVERRIDE), device
         if key not in self.backends:
-            chosen = choose_backend(options, device, model.get_dtype_inference(), self.head_dim)
+            chosen = choose_backend(options, device, model.get_dtype_inference(), self.head_dim, keys)
             warned = any(backend.replaced for backend in self.backends.values())
             self.backends[key] = chosen
             if chosen.replaced and not warned:  # some nodes make an override for every call
                 log.warning(
-                    f"VSF: the attention in use ({chosen.ignores_mask}) ignores masks and returns no log-sum-exp, so "
-                    "VSF would not be exact on it. Where the image attends to text, PyTorch's runs instead."
+                    f"VSF: the attention in use ({chosen.ignores_mask}) ignores or refuses masks and returns no "
+                    "log-sum-exp, so VSF would not be exact on it. Where the image attends to text, PyTorch's runs "
+                    "instead."
                 )
         return self.backends[key]
 

@@ -170,7 +170,9 @@ class VSFPatch:
         # N0 goes before P: text has no order here, and what is left of the sequence is then one contiguous view
         text = torch.cat([n, positive.to(dtype), *([n] if released is not None and released.copy else [])], dim=1)
         stream = TextStream(batch.length, text.shape[1] + -text.shape[1] % multiple, run.known, latent.device)
-        backend, recorded = run.backend(options, latent.device, model), RECORD_KEY in options
+        picture = family.grid(latent) + sum(family.reference_tokens(conds, diffusion_model))
+        keys = text.shape[1] + (0 if family.cross_attention else picture)
+        backend, recorded = run.backend(options, latent.device, model, keys), RECORD_KEY in options
         if recorded and not self.settings.arithmetic.records:
             raise ValueError(
                 "VSF: VSF Record shows how much of the attention falls on the negative (1 - W), and method "

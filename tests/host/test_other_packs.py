@@ -1,12 +1,13 @@
 """What well-known packs do to a model, done by stand-ins of our own: the picture is right, or an error says why not."""
 
 import logging
+from functools import partial
 from unittest import mock
 
 import pytest
 import torch
 from cases import CASES, model_of
-from helpers import assert_close
+from helpers import assert_close, relative, text
 
 LISTS = {
     "sd3": ("joint_blocks", (0, 1)),
@@ -95,3 +96,53 @@ def test_selected_blocks_that_never_run(pack, case, model, name, caplog):
     caplog.clear()
     case.run(without_block(pack.patch(model, blocks="double:0"), 1), attached)
     assert "never ran" not in caplog.text
+
+
+# -- nodes that attend to a text of their own, beside the prompt's ----------------------------------------------------
+
+
+def attending_to_more(model, other, halves=False):
+    """A clone whose attention over text also attends to ``other`` [1, tokens, C], with the same queries, and keeps a
+    part of that, as NAG packs do to Wan. halves: for the first half of the batch alone, whose attention is a call of
+    its own then."""
+    m = model.clone()
+    for i, block in enumerate(m.model.diffusion_model.blocks):
+        own = partial(type(block.cross_attn).forward, block.cross_attn)  # what a run before has patched in may be there
+
+        def forward(x, context, transformer_options={}, attention=own, **kw):
+            kw["transformer_options"] = transformer_options
+            parts = x.chunk(2) if halves and len(x) > 1 else [x]
+            texts = context.chunk(len(parts))
+            made = [attention(part, given, **kw) for part, given in zip(parts, texts, strict=True)]
+            made[0] = 0.7 * made[0] + 0.3 * attention(parts[0], other.expand(len(parts[0]), -1, -1), **kw)
+            return torch.cat(made)
+
+        m.add_object_patch(f"diffusion_model.blocks.{i}.cross_attn.forward", forward)
+    return m
+
+
+def test_a_second_text_in_the_same_block(pack):
+    """Calls over it are told by their number of keys; with as many as the prompt's and the negative's, by nothing."""
+    case, model = CASES["wan"], model_of("wan")
+    positive, attached = case.prompt(), pack.negative(case.prompt(), negative=case.negative())
+    for tokens in (13, 5 + 13 + 1):
+        theirs = attending_to_more(model, text(tokens, 77, 256))
+        stock = case.run(theirs, positive)
+        assert_close(case.run(pack.patch(theirs, offset=60), attached), stock)
+        assert relative(case.run(pack.patch(theirs), attached), stock) > 1e-3
+    theirs = attending_to_more(model, text(5 + 13, 77, 256))
+    with pytest.raises(RuntimeError, match="just as many tokens as the prompt with the negative"):
+        case.run(pack.patch(theirs), attached)
+
+
+@pytest.mark.parametrize("run", [{"cfg": 2.5}, {"batch": 2}])
+def test_attention_over_half_of_the_batch(pack, run):
+    case, model = CASES["wan"], model_of("wan")
+    attached = pack.negative(case.prompt(), negative=case.negative())
+    theirs = attending_to_more(model, text(7, 77, 256), halves=True)
+    case.run(theirs, case.prompt(), **run)
+    with pytest.raises(RuntimeError, match="2 rows in its batch, but .* with 1 of them.*input_type to batch"):
+        case.run(pack.patch(theirs), attached, **run)
+    whole = attending_to_more(model, text(7, 77, 256))
+    stock = case.run(whole, case.prompt(), **run)
+    assert_close(case.run(pack.patch(whole, offset=60), attached, **run), stock)

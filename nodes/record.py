@@ -170,7 +170,7 @@ class VSFRecord(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: io.Model.Type) -> io.NodeOutput:
-        family = family_of(model.model)
+        family = family_of(model)
         if len(family.grid_factors) > 1:
             raise ValueError(
                 f"VSF: VSF Record cannot serve {family.title}: the picture's grid differs from block to block of a "

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..vsf_core import Method
 from .blocks import Block, all_blocks, parse_blocks
 from .compiled import unwrapped
-from .families import Family, Released
+from .families import Family, Released, check_network
 from .forward_context import ForwardContext
 from .host_attention import OVERRIDE, Backend, choose_backend
 from .host_check import changed_host
@@ -114,6 +114,7 @@ class Run:
         patcher: the model, which has not put its object patches in place yet; options: its ``transformer_options``."""
         if not _are_used(entries):
             return None
+        check_network(patcher)
         diffusion_model = unwrapped(patcher.model.diffusion_model)
         others = [family.other_frames(entry, latent) for _, entry in entries]
         latent_map = LatentMap(latent.shape, *map(max, zip(*others, strict=True)))

@@ -6,9 +6,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import module_of
+from .compiled import unwrapped
 from .families import Family
 from .latent_map import LatentMap, in_frames
 from .negative import Negative, negatives_of
+
+
+def check_guider(guider: Any) -> None:
+    """Raises ``RuntimeError`` for a guider that runs the model by a forward pass of its own, as ComfyUI-NAG's samplers
+    do. They take that off only after a run that ended well: so it is taken off here."""
+    network = unwrapped(guider.model_patcher.model.diffusion_model)
+    forward = vars(network).get("forward")
+    forward = getattr(forward, "__func__", forward)
+    forward, kind = getattr(forward, "func", forward), type(guider)
+    pack = kind.__module__.partition(".")[0]
+    if pack != "comfy" and pack == str(getattr(forward, "__module__", None)).partition(".")[0]:
+        del network.forward
+        raise RuntimeError(
+            f"VSF: {kind.__qualname__} (of {module_of(kind)}) runs the model by a forward pass of its own, in which "
+            "the negative would not be. Use another sampler or guider: method nag of VSF Model Patch is the same "
+            "guidance, in one pass."
+        )
 
 
 def check_negatives(

@@ -27,6 +27,7 @@ from .latent_map import first_latent
 from .negative import negatives_of
 from .negative_batch import PREFIX, NegativeBatch
 from .run import Run, Settings
+from .run_check import check_guider
 from .text_modules import text_kept_apart
 from .text_stream import TextStream
 
@@ -80,6 +81,8 @@ class VSFPatch:
         except (AttributeError, KeyError, IndexError) as error:
             raise changed_host(f"the sampler hands its runs over without {error}") from error
         latent = first_latent(noise, kwargs.get("latent_shapes"))
+        if any(negatives_of(entry) for _, entry in entries):
+            check_guider(guider)
         run = Run.begin(self.settings, self.family, guider.model_patcher, entries, latent, options)
         if run is None:
             return executor(*args, **kwargs)

@@ -41,7 +41,10 @@ def test_unsupported_model(pack):
 
     model = load_sd3()
     model.model.__class__ = Subclass
-    with pytest.raises(ValueError, match=r"class .*Subclass are not supported. Supported, .*: Stable Diffusion 3"):
+    with pytest.raises(
+        ValueError,
+        match=r"class .*Subclass .of tests.host.test_nodes. are not supported. Supported, .*: Stable Diffusion 3",
+    ):
         pack.patch(model)
 
 

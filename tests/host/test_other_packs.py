@@ -2,8 +2,10 @@
 
 import logging
 from functools import partial
+from types import MethodType
 from unittest import mock
 
+import comfy.samplers
 import pytest
 import torch
 from cases import CASES, model_of
@@ -109,8 +111,7 @@ def attending_to_more(model, other, halves=False):
     for i, block in enumerate(m.model.diffusion_model.blocks):
         own = partial(type(block.cross_attn).forward, block.cross_attn)  # what a run before has patched in may be there
 
-        def forward(x, context, transformer_options={}, attention=own, **kw):
-            kw["transformer_options"] = transformer_options
+        def forward(x, context, attention=own, **kw):
             parts = x.chunk(2) if halves and len(x) > 1 else [x]
             texts = context.chunk(len(parts))
             made = [attention(part, given, **kw) for part, given in zip(parts, texts, strict=True)]
@@ -146,3 +147,69 @@ def test_attention_over_half_of_the_batch(pack, run):
     whole = attending_to_more(model, text(7, 77, 256))
     stock = case.run(whole, case.prompt(), **run)
     assert_close(case.run(pack.patch(whole, offset=60), attached, **run), stock)
+
+
+# -- networks and forward passes of other packs -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "z-image", "wan"])
+def test_the_class_that_a_run_will_have(pack, case, model, name):
+    """A patcher may put a class of its own on the network that all patchers of a model share; it stays there until
+    another one runs."""
+    kind = type(model.model.diffusion_model)
+    theirs = model.clone()
+    theirs.add_object_patch("diffusion_model.__class__", type("Other", (kind,), {"__module__": "a/custom_nodes/p.q"}))
+    attached = pack.negative(case.prompt(), negative=case.negative())
+    expected = case.run(pack.patch(model), attached)
+    case.run(theirs, case.prompt())
+    assert type(model.model.diffusion_model) is not kind  # it is left there
+    plain = pack.patch(model)
+    for refused in (lambda: pack.patch(theirs), lambda: case.run(sum_of(plain, theirs), attached)):
+        with pytest.raises(ValueError, match=r"models of class Other \(of p\.q\) are not supported"):
+            refused()
+    assert torch.equal(case.run(plain, attached), expected)
+
+
+def sum_of(patcher, other):
+    """A clone of ``patcher`` with the object patches of ``other``."""
+    m = patcher.clone()
+    for name, value in other.object_patches.items():
+        m.add_object_patch(name, value)
+    return m
+
+
+class OwnForward(comfy.samplers.CFGGuider):
+    """A guider that puts its own forward pass on the network, and takes it off where all goes well."""
+
+    def sample(self, *args, **kwargs):
+        network = self.model_patcher.model.diffusion_model
+        before = network.forward
+
+        def forward(this, *given, **kw):
+            return before(*given, **kw)
+
+        network.forward = MethodType(partial(forward), network)
+        made = super().sample(*args, **kwargs)
+        network.forward = before
+        return made
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "wan", "sdxl"])
+def test_a_guider_with_a_forward_pass_of_its_own(pack, case, model, name):
+    def run(patcher, positive):
+        guider = OwnForward(patcher)
+        guider.set_conds(positive, case.uncond())
+        guider.set_cfg(1.0)
+        latent = torch.zeros(1, case.channels, *case.sizes[0])
+        sampler, sigmas = comfy.samplers.sampler_object("euler"), torch.tensor([1.0, 0.5, 0.0])
+        with torch.inference_mode():
+            return guider.sample(latent + 1, latent, sampler, sigmas, seed=1)
+
+    attached, expected = pack.negative(case.prompt(), negative=case.negative()), case.run(model, case.prompt())
+    run(model, case.prompt())
+    run(pack.patch(model), case.prompt())  # without a negative it may do what it likes
+    with pytest.raises(RuntimeError, match=r"OwnForward \(of .*test_other_packs\) runs the model by a forward pass"):
+        run(pack.patch(model), attached)
+    network = model.model.diffusion_model
+    assert network.forward.__func__ is type(network).forward
+    assert torch.equal(case.run(model, case.prompt()), expected)

@@ -23,7 +23,7 @@ from .methods import MethodChoice
 from .negative import KEY, Negative, count_tokens, negatives_of
 from .negative_batch import PREFIX, NegativeBatch
 from .reach import Reach
-from .run_check import check_negatives
+from .run_check import check_negatives, warn_of_idle
 from .text_stream import Known
 from .tiles import check_tiles
 
@@ -140,6 +140,7 @@ class Run:
             head_dim=family.head_dim(diffusion_model),
             reach=Reach(family, blocks, selected),
         )
+        warn_of_idle(settings, run.scales, own, latent_map)
         for entry in own:
             entry["model_conds"] = {**entry["model_conds"], KEY: _Carried(negatives_of(entry))}
         return run

@@ -213,3 +213,37 @@ def test_a_guider_with_a_forward_pass_of_its_own(pack, case, model, name):
     network = model.model.diffusion_model
     assert network.forward.__func__ is type(network).forward
     assert torch.equal(case.run(model, case.prompt()), expected)
+
+
+# -- a negative that does nothing -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sd3", "wan", "sdxl", "z-image"])
+def test_a_negative_that_does_nothing_is_said(pack, case, model, name, caplog):
+    def said(patch, node):
+        caplog.clear()
+        attached = pack.negative(case.prompt(), negative=case.negative(), **node)
+        return case.run(pack.patch(model, **patch), attached), [
+            r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and "VSF" in r.getMessage()
+        ]
+
+    stock = case.run(model, case.prompt())
+    black, dot = torch.zeros(1, 64, 64), torch.zeros(1, 64, 64)
+    dot[:, 20:30, 20:30] = 1
+    for patch, node, what in (
+        ({}, {"mask": black}, "mask of 1 of 1 negatives is black"),
+        ({"offset": 60}, {}, "offset of 60"),
+        ({"method": "nag", "nag_scale": 1}, {}, "method nag does nothing at this nag_scale"),
+        ({"method": "nag", "nag_alpha": 0}, {}, "method nag does nothing at this nag_alpha"),
+        ({"method": "nasa"}, {"strength": 0}, "method nasa does nothing at this strength"),
+    ):
+        made, lines = said(patch, node)
+        assert_close(made, stock)
+        assert len(lines) == 1 and what in lines[0], lines
+    made, lines = said({}, {"mask": dot})
+    assert not lines and relative(made, stock) > 1e-4
+    if name == "wan":
+        three = torch.zeros(3, 64, 64)
+        three[0] = 1
+        assert "is black" in said({}, {"mask": three, "from_frame": 0.5})[1][0]
+        assert not said({}, {"mask": three, "to_frame": 0.5})[1]

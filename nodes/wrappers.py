@@ -30,6 +30,7 @@ from .run import Run, Settings
 from .run_check import check_guider
 from .text_modules import text_kept_apart
 from .text_stream import TextStream
+from .tiles import check_tiler
 
 WRAPPER_KEY = "vsf"
 RUN_KEY = "vsf_run"
@@ -83,6 +84,7 @@ class VSFPatch:
         latent = first_latent(noise, kwargs.get("latent_shapes"))
         if any(negatives_of(entry) for _, entry in entries):
             check_guider(guider)
+            check_tiler(guider.model_options, [entry for _, entry in entries])
         run = Run.begin(self.settings, self.family, guider.model_patcher, entries, latent, options)
         if run is None:
             return executor(*args, **kwargs)

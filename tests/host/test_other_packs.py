@@ -247,3 +247,36 @@ def test_a_negative_that_does_nothing_is_said(pack, case, model, name, caplog):
         three[0] = 1
         assert "is black" in said({}, {"mask": three, "from_frame": 0.5})[1][0]
         assert not said({}, {"mask": three, "to_frame": 0.5})[1]
+
+
+# -- tiles ------------------------------------------------------------------------------------------------------------
+
+
+class Tiler:
+    """A wrapper around the model that shows it the left half of a step, then the right one."""
+
+    tile_width = 12
+
+    def __call__(self, apply, given):
+        halves = given["input"].chunk(2, dim=-1)
+        return torch.cat([apply(half, given["timestep"], **given["c"]) for half in halves], dim=-1)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "z-image", "sdxl"])
+def test_tiles_inside_a_step(pack, case, model, name):
+    def tiled(m):
+        m = m.clone()
+        m.set_model_unet_function_wrapper(Tiler())
+        return m
+
+    bare = pack.negative(case.prompt(), negative=case.negative())
+    stock = case.run(tiled(model), case.prompt(), size=(16, 24))
+    assert_close(case.run(tiled(pack.patch(model, offset=60)), bare, size=(16, 24)), stock)
+    assert relative(case.run(tiled(pack.patch(model)), bare, size=(16, 24)), stock) > 1e-3
+    masked = pack.negative(case.prompt(), negative=case.negative(), mask=torch.ones(1, 64, 64))
+    with pytest.raises(ValueError, match=r"Tiler \(of .*test_other_packs\) samples the picture in tiles"):
+        case.run(tiled(pack.patch(model)), masked, size=(16, 24))
+    if name != "sdxl":
+        recorded = pack.mapping["VSFRecord"].execute(model=pack.patch(model)).result[0]
+        with pytest.raises(RuntimeError, match="or by a node that samples in tiles"):
+            case.run(tiled(recorded), bare, size=(16, 24))

@@ -138,6 +138,7 @@ def _cross_override(previous: Callable | None, func: Callable, *args: Any, **kwa
     block: BlockContext | None = host.options.get(BLOCK_KEY)
     if block is None:
         block = forward.block_outside(host.options)
+    forward.check_rows(q.shape[0])
     backend = forward.backend.of(host)
     if not block.enter(forward.run.paths, _way(forward, backend, mask, cross=True)):
         return host.join(host.black_box(q, *positive, mask))
@@ -190,6 +191,7 @@ def _joint(host: HostAttention, layout: TokenLayout, block: BlockContext) -> Ten
     """VSF's attention over a joint sequence."""
     forward: ForwardContext = host.options[FORWARD_KEY]
     q, k, v = host.split()
+    forward.check_rows(q.shape[0])
     mask = _total_mask(host.mask, layout, block.kind, forward, q.dtype)
     backend = forward.backend.of(host)
     ordinary = forward.released is not None and block.kind not in forward.released.kinds

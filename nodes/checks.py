@@ -1,6 +1,7 @@
 """What a node was given, checked before anything runs: an error that names the input beats one from a kernel."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,6 +80,11 @@ def conditioning(name: str, given: Any) -> list:
 
 def _is_entry(entry: Any) -> bool:
     return isinstance(entry, (list, tuple)) and len(entry) == 2 and isinstance(entry[1], dict)
+
+
+def module_of(kind: type) -> str:
+    """Where a class comes from, for people: ComfyUI names the modules of a pack by its folder's path."""
+    return re.split(r"custom_nodes[./\\]", kind.__module__)[-1]
 
 
 def shown(value: Any) -> str:

@@ -117,6 +117,17 @@ class ForwardContext:
             beta = beta[:, self.rows[image]]
         return NegativeTerms(self.alpha, beta, self.padding)
 
+    def check_rows(self, rows: int) -> None:
+        """Raises ``RuntimeError`` where an attention over text is called with another batch than the pass has."""
+        batch = max(self.alpha.shape[0], self.beta.shape[0])
+        if batch not in (1, rows):
+            raise RuntimeError(
+                f"VSF: this step has {batch} rows in its batch, but another node calls the attention over text with "
+                f"{rows} of them, so VSF cannot tell whose negative that is. A node such as WanVideoNAG takes half of "
+                "them for the sampler's negative: set its input_type to batch, or use cfg 1 and one picture at a time, "
+                "or remove that node."
+            )
+
     def checked(self, out: Tensor) -> Tensor:
         """``out``, an attention's. In fp16 its largest value is noted: models cut off what is infinite, to a picture
         that is finite and wrong."""

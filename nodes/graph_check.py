@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 
 from .checks import shown
 
@@ -22,7 +22,7 @@ def _on_prompt(json_data: dict) -> dict:
     for node_id in unmet_negatives(prompt) if isinstance(prompt, dict) else ():
         log.warning(
             f"VSF: the negative of node {shown(node_id)} (VSF Negative Conditioning) meets no patched model and does "
-            "nothing. Put VSF Model Patch between the model loader and the sampler."
+            "nothing. Put VSF Model Patch between the model loader and the sampler, behind nodes that merge models."
         )
     return json_data
 
@@ -31,7 +31,7 @@ def unmet_negatives(prompt: dict) -> list[str]:
     """Ids of the VSFNegativeConditioning nodes of an API-format prompt that lead to no node fed by a VSFModelPatch."""
     sources = _edges(prompt)
     consumers: dict[str, set[str]] = {node: set() for node in prompt}
-    for node, others in sources.items():
+    for node, others in _edges(prompt, _is_kept).items():
         for other in others:
             consumers[other].add(node)
     fed_by_patch = _closure(_of_class(prompt, "VSFModelPatch"), consumers)
@@ -94,12 +94,19 @@ def _of_class(prompt: dict, kind: str) -> list[str]:
     return [node for node, spec in prompt.items() if isinstance(spec, dict) and spec.get("class_type") == kind]
 
 
-def _edges(prompt: dict) -> dict[str, set[str]]:
-    """The nodes that each node takes something from."""
+def _is_kept(kind: object, name: str) -> bool:
+    """Whether a node of class ``kind`` passes on the patches of a model at its input ``name``: ComfyUI's merging nodes
+    take the weights alone of all but the first."""
+    return not (str(kind).startswith("ModelMerge") and name == "model2")
+
+
+def _edges(prompt: dict, follow: Callable[[object, str], bool] = lambda kind, name: True) -> dict[str, set[str]]:
+    """The nodes that each node takes something from, by the inputs that ``follow`` takes of its class."""
     edges = {}
     for node, spec in prompt.items():
         inputs = spec.get("inputs") if isinstance(spec, dict) else None
-        values = inputs.values() if isinstance(inputs, dict) else ()
+        named = inputs.items() if isinstance(inputs, dict) else ()
+        values = [value for name, value in named if follow(spec.get("class_type"), name)]
         edges[node] = {str(v[0]) for v in values if isinstance(v, list) and len(v) == 2} & prompt.keys()
     return edges
 

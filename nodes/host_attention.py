@@ -27,7 +27,8 @@ LIBRARIES = {
 """ComfyUI's attention functions whose library can return the log-sum-exp (``vsf_core.lse_attention``)."""
 
 TRIALS = (64, 130, 1153)
-"""Numbers of tokens for which an attention must apply a mask: some ignore it only beyond a length."""
+"""Numbers of tokens for which an attention must apply a mask, besides as many as the model has: some ignore it only
+beyond a length."""
 FORCE = "VSF_ATTENTION"
 """The environment variable that forces one of ``vsf_core.WAYS``, for bug reports."""
 
@@ -116,16 +117,19 @@ class Backend:
         return host.black_box if self.ignores_mask is None else partial(_sdpa, scale=host.scale)
 
 
-def choose_backend(options: Mapping[str, Any], device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
-    """The backend for a forward pass with these ``transformer_options``. Raises ``RuntimeError`` if there is none, or
-    not the one that is forced, and ``ValueError`` if that has no such name."""
+def choose_backend(
+    options: Mapping[str, Any], device: torch.device, dtype: torch.dtype, head_dim: int, keys: int
+) -> Backend:
+    """The backend for a forward pass with these ``transformer_options``, of attentions over up to so many ``keys``.
+    Raises ``RuntimeError`` if there is none, or not the one that is forced, and ``ValueError`` if that has no such
+    name."""
     forced = environ.get(FORCE) or None
     if forced not in (None, *WAYS):
         raise ValueError(f"VSF: {FORCE} is {forced!r}, and may be {', '.join(WAYS)}, or not set at all.")
     host = _trial(options, TRIALS[0], device, dtype, head_dim)
     deaf = None
     if host.library != "torch":
-        trials = (_trial(options, tokens, device, dtype, head_dim) for tokens in TRIALS)
+        trials = (_trial(options, tokens, device, dtype, head_dim) for tokens in (*TRIALS, keys))
         deaf = None if all(map(_applies_masks, trials)) else host.name
     if forced is not None:
         return _forced_backend(forced, host, deaf, device, dtype, head_dim)
@@ -136,9 +140,9 @@ def choose_backend(options: Mapping[str, Any], device: torch.device, dtype: torc
     attend = lse_attention(device, dtype, head_dim)
     if attend is None:
         raise RuntimeError(
-            f"VSF: the attention in use ({host.name}) ignores masks, and PyTorch's own returns no log-sum-exp on "
-            f"{device.type} in {dtype}. Use another attention: remove the node that sets this one, or start ComfyUI "
-            "with --use-pytorch-cross-attention."
+            f"VSF: the attention in use ({host.name}) ignores or refuses masks, and PyTorch's own returns no "
+            f"log-sum-exp on {device.type} in {dtype}. Use another attention: remove the node that sets this one, or "
+            "start ComfyUI with --use-pytorch-cross-attention."
         )
     return Backend(host.library, attend, deaf, replaced=True)
 
@@ -161,9 +165,10 @@ def _forced_backend(
 def _trial(
     options: Mapping[str, Any], tokens: int, device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> HostAttention:
-    """A small call of the attention in use, of random q, k and v."""
+    """A small call of the attention in use, of random q, k and v: two heads, and no more queries than ``TRIALS``."""
     g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 2, tokens, head_dim, generator=g).to(device, dtype) for _ in range(3))
+    lengths = min(tokens, TRIALS[-1]), tokens, tokens
+    q, k, v = (torch.randn(1, 2, length, head_dim, generator=g).to(device, dtype) for length in lengths)
     func = comfy_attention.optimized_attention
     func = getattr(func, "__wrapped__", func)
     options = {"block_index": 0, **options}
@@ -171,21 +176,29 @@ def _trial(
 
 
 def _applies_masks(host: HostAttention) -> bool:
-    """Whether the host's attention applies an additive mask of one row; SageAttention's kernels, for one, do not.
+    """Whether the host's attention applies an additive mask of one row; SageAttention's kernels, for one, do not, and
+    some refuse it.
 
-    True where the attempt fails: then the real call will fail too, and say why.
+    True where it fails without a mask, too: then the real call will fail, and say why.
     """
     q, k, v = host.given
     mask = zero_mask(1, 1, 1, k.shape[2], like=q)
     mask[..., k.shape[2] // 2 :] = -torch.inf
+    out = _attempt(host, mask)
+    if out is None:
+        return _attempt(host, None) is None
+    masked, unmasked = (_sdpa(q, k, v, m, host.scale) for m in (mask, None))
+    return bool((out - masked).abs().max() < (out - unmasked).abs().max())
+
+
+def _attempt(host: HostAttention, mask: Tensor | None) -> Tensor | None:
+    """What the host's attention gives, or None where it fails."""
     try:
-        out = host.black_box(q, k, v, mask)
+        return host.black_box(*host.given, mask)
     except (InterruptProcessingException, OOM_EXCEPTION):
         raise
     except Exception:
-        return True
-    masked, unmasked = (_sdpa(q, k, v, m, host.scale) for m in (mask, None))
-    return bool((out - masked).abs().max() < (out - unmasked).abs().max())
+        return None
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:

@@ -113,6 +113,11 @@ class LatentMap:
         shown = window.get_tensor(index, dim=dim, retain_index_list=retained).flatten().tolist()
         return dim, shown + [total + guide for guide in getattr(window, "guide_frames_indices", [])]
 
+    def is_nowhere(self, negative: Negative) -> bool:
+        """Whether mask and window of frames of ``negative`` leave nothing of the picture to act in."""
+        size = self.shape[-2], self.shape[-1]
+        return negative.mask is not None and not self._own_frames(negative, size).any()
+
     def mask_of(self, negative: Negative, view: View, on_others: float) -> Tensor:
         """Where in ``view`` a negative acts, [b, frames, rows, columns] in 0..1, on the CPU; ``on_others``: what it is
         on frames of references and guides, to which masks do not apply."""

@@ -183,7 +183,7 @@ class VSFModelPatch(io.ComfyNode):
         arithmetic = chosen.core({"nag_alpha": nag_alpha, "nag_tau": nag_tau})
         if model is None:
             raise ValueError("VSF: model is None: the node before gave no model. Connect a model loader.")
-        family = family_of(model.model)
+        family = family_of(model)
         parse_blocks(blocks, family.block_counts(model.model.diffusion_model))
         patched = model.clone()
         settings = Settings(scale, offset, start, end, blocks or "", layout, affect_references, chosen, arithmetic)

@@ -55,7 +55,8 @@ class VSFNegativeConditioning(io.ComfyNode):
                     max=10.0,
                     step=0.05,
                     optional=True,
-                    tooltip="Multiplies the patch's scale for this negative alone.",
+                    tooltip="Multiplies the patch's scale for this negative alone. 0 is not off: bypass the node for "
+                    "that.",
                 ),
                 io.Float.Input(
                     "extrapolation",

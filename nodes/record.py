@@ -121,8 +121,9 @@ class Recorder:
         if latent.shape[-2:] != (len(view.rows), len(view.columns)) or view.size != self.record.shape[2:]:
             raise RuntimeError(
                 f"VSF: VSF Record works on whole pictures, but this step samples a part ({latent.shape[-1]} x "
-                f"{latent.shape[-2]} of {self.record.shape[3]} x {self.record.shape[2]} latent pixels), for a "
-                "conditioning with an area. Use ConditioningSetMask instead of an area, or remove VSF Record."
+                f"{latent.shape[-2]} of {self.record.shape[3]} x {self.record.shape[2]} latent pixels): for a "
+                "conditioning with an area (use ConditioningSetMask instead), or by a node that samples in tiles or in "
+                "several sizes. Remove VSF Record there."
             )
         if mass.device not in self.sigmas:
             self.sigmas[mass.device] = next(iter(self.sigmas.values())).to(mass.device)
@@ -170,7 +171,7 @@ class VSFRecord(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: io.Model.Type) -> io.NodeOutput:
-        family = family_of(model.model)
+        family = family_of(model)
         if len(family.grid_factors) > 1:
             raise ValueError(
                 f"VSF: VSF Record cannot serve {family.title}: the picture's grid differs from block to block of a "

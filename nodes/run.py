@@ -14,7 +14,7 @@ from torch import Tensor
 from ..vsf_core import Method
 from .blocks import Block, all_blocks, parse_blocks
 from .compiled import unwrapped
-from .families import Family, Released
+from .families import Family, Released, check_network
 from .forward_context import ForwardContext
 from .host_attention import OVERRIDE, Backend, choose_backend
 from .host_check import changed_host
@@ -22,7 +22,8 @@ from .latent_map import LatentMap, View, first_latent
 from .methods import MethodChoice
 from .negative import KEY, Negative, count_tokens, negatives_of
 from .negative_batch import PREFIX, NegativeBatch
-from .run_check import check_negatives
+from .reach import Reach
+from .run_check import check_negatives, warn_of_idle
 from .text_stream import Known
 from .tiles import check_tiles
 
@@ -72,6 +73,9 @@ class Run:
     dtype: torch.dtype
     tokens: int
     """Of the longest of the negatives."""
+    head_dim: int
+    """Channels of one attention head; read before the run, in which other nodes may put blocks of theirs in place."""
+    reach: Reach
     known: Known = field(default_factory=dict)
     paths: set[str] = field(default_factory=set)
     ready: OrderedDict[tuple, tuple[list, list[NegativeBatch]]] = field(default_factory=OrderedDict)
@@ -110,6 +114,7 @@ class Run:
         patcher: the model, which has not put its object patches in place yet; options: its ``transformer_options``."""
         if not _are_used(entries):
             return None
+        check_network(patcher)
         diffusion_model = unwrapped(patcher.model.diffusion_model)
         others = [family.other_frames(entry, latent) for _, entry in entries]
         latent_map = LatentMap(latent.shape, *map(max, zip(*others, strict=True)))
@@ -122,16 +127,20 @@ class Run:
         check_negatives(family, settings.mixes_pooled(family), own, diffusion_model, latent_map, dtype)
         settings.method.check(own)
         counts = family.block_counts(diffusion_model)
+        blocks, selected = tuple(sorted(all_blocks(counts))), parse_blocks(settings.blocks, counts)
         run = cls(
             settings,
             family,
-            blocks=tuple(sorted(all_blocks(counts))),
-            selected=parse_blocks(settings.blocks, counts),
+            blocks=blocks,
+            selected=selected,
             scales=_scales(options, settings.scale, latent_map.batch),
             latent_map=latent_map,
             dtype=dtype,
             tokens=max(count_tokens(negatives_of(entry)) for entry in own),
+            head_dim=family.head_dim(diffusion_model),
+            reach=Reach(family, blocks, selected),
         )
+        warn_of_idle(settings, run.scales, own, latent_map)
         for entry in own:
             entry["model_conds"] = {**entry["model_conds"], KEY: _Carried(negatives_of(entry))}
         return run
@@ -241,18 +250,19 @@ class Run:
             self.kept[key] = self.family.kept_tokens(latent, conds)
         return self.kept[key]
 
-    def backend(self, options: Mapping[str, Any], device: torch.device, model: Any) -> Backend:
-        """Chosen once a run for each override that it meets, on each device."""
+    def backend(self, options: Mapping[str, Any], device: torch.device, model: Any, keys: int) -> Backend:
+        """Chosen once a run for each override that it meets, on each device. ``keys``: the most that an attention over
+        text has."""
         key = options.get(OVERRIDE), device
         if key not in self.backends:
-            head_dim = self.family.head_dim(unwrapped(model.diffusion_model))
-            chosen = choose_backend(options, device, model.get_dtype_inference(), head_dim)
+            chosen = choose_backend(options, device, model.get_dtype_inference(), self.head_dim, keys)
             warned = any(backend.replaced for backend in self.backends.values())
             self.backends[key] = chosen
             if chosen.replaced and not warned:  # some nodes make an override for every call
                 log.warning(
-                    f"VSF: the attention in use ({chosen.ignores_mask}) ignores masks and returns no log-sum-exp, so "
-                    "VSF would not be exact on it. Where the image attends to text, PyTorch's runs instead."
+                    f"VSF: the attention in use ({chosen.ignores_mask}) ignores or refuses masks and returns no "
+                    "log-sum-exp, so VSF would not be exact on it. Where the image attends to text, PyTorch's runs "
+                    "instead."
                 )
         return self.backends[key]
 
@@ -263,7 +273,7 @@ class Run:
         """
         ran, reached, _ = forward.reached
         if self.family.block_hook is None:  # nothing tells of a block but its attention: all ran, or none
-            ran = torch.ones_like(ran) * reached.any()
+            ran = torch.full_like(ran, max(1, forward.text.begun)) * reached.any()
         if not ran.any():
             error = RuntimeError(
                 "VSF: no block of this model ran through ComfyUI's block patches, so the negative had no effect. "
@@ -280,6 +290,7 @@ class Run:
                 "in a way that this version of ComfyUI-VSF does not know; or torch.compile took a graph of this block "
                 "alone that it made without VSF: compile the whole model instead. Otherwise please report it."
             )
+        self.reach.note(ran, reached, forward.attention_mass is not None)
         if not self.reported:
             self._report(forward, int(reached.count_nonzero()))
 
@@ -320,6 +331,8 @@ class Run:
                 f"{name} {used} in {self.dtype}. If the picture is broken without VSF Model Patch too, the model or "
                 f"its settings are the reason; otherwise lower {name} and strength, or load the model in bf16 or fp32."
             )
+        else:
+            self.reach.finish()
 
 
 class _Carried(tuple[Negative, ...]):

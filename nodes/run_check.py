@@ -1,14 +1,39 @@
 """What a run was given, checked before its first step."""
 
+import logging
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .checks import module_of
+from .compiled import unwrapped
 from .families import Family
 from .latent_map import LatentMap, in_frames
 from .negative import Negative, negatives_of
+
+log = logging.getLogger(__name__)
+
+NO_EFFECT = 60
+"""From this offset on the negative has practically no effect (layout paper)."""
+
+
+def check_guider(guider: Any) -> None:
+    """Raises ``RuntimeError`` for a guider that runs the model by a forward pass of its own, as ComfyUI-NAG's samplers
+    do. They take that off only after a run that ended well: so it is taken off here."""
+    network = unwrapped(guider.model_patcher.model.diffusion_model)
+    forward = vars(network).get("forward")
+    forward = getattr(forward, "__func__", forward)
+    forward, kind = getattr(forward, "func", forward), type(guider)
+    pack = kind.__module__.partition(".")[0]
+    if pack != "comfy" and pack == str(getattr(forward, "__module__", None)).partition(".")[0]:
+        del network.forward
+        raise RuntimeError(
+            f"VSF: {kind.__qualname__} (of {module_of(kind)}) runs the model by a forward pass of its own, in which "
+            "the negative would not be. Use another sampler or guider: method nag of VSF Model Patch is the same "
+            "guidance, in one pass."
+        )
 
 
 def check_negatives(
@@ -37,6 +62,26 @@ def check_negatives(
             _check_batch("mask", negative.mask, latent_map.batch)
     if mixes_pooled:  # last: a negative of another encoder has a wrong one too
         _check_pooled(entries, dtype)
+
+
+def warn_of_idle(settings: Any, scales: Sequence[float], entries: Sequence[dict], latent_map: LatentMap) -> None:
+    """A warning for what makes a negative do nothing in the run to come, though nothing is wrong with it. ``settings``:
+    those of VSF Model Patch (``run.Settings``)."""
+    negatives = list(dict.fromkeys(n for entry in entries for n in negatives_of(entry)))
+    if black := sum(map(latent_map.is_nowhere, negatives)):
+        log.warning(
+            f"VSF: the mask of {black} of {len(negatives)} negatives is black wherever it acts, so it does nothing to "
+            "the picture. White is where it acts; LoadImage's mask is black where a picture has no transparency."
+        )
+    method, numbers = settings.method, vars(settings.arithmetic)
+    if method.name in ("nag", "nasa"):
+        off = [] if any(map(method.alpha, scales)) else [method.scale_input]
+        off += [] if any(n.strength for n in negatives) else ["strength"]
+        off += [] if float(numbers.get("alpha", 1)) else ["nag_alpha"]
+        if off:
+            log.warning(f"VSF: method {method.name} does nothing at this {' and '.join(off)}: raise it.")
+    elif settings.layout == "paper" and settings.offset >= NO_EFFECT:
+        log.warning(f"VSF: an offset of {settings.offset:g} leaves the negative practically no effect. Try 0 to 2.")
 
 
 def _check_embedding(negative: Negative, family: Family, widths: Collection[int], dtype: torch.dtype) -> None:

@@ -33,10 +33,13 @@ class TextStream:
         """Patches of others that get the text in or between blocks."""
         self.copies = False
         """Whether what goes into a patch is copied: in a run's first pass, since some write into what they get."""
+        self.begun = -1
+        """How often the model has started in this pass, as far as wrappers around it tell."""
         self.begin()
 
     def begin(self) -> None:
         """The model starts, maybe once more in this pass."""
+        self.begun += 1
         self.start, self.count, self.leading = 0, self.given, 0
         self.in_one_piece = True
         """Whether P still follows N, as it was given to the model."""

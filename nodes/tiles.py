@@ -6,12 +6,14 @@ the mask was used before is an error; several runs of one size in one node are a
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from comfy_execution.utils import ExecutionContext, get_executing_context
 
+from .checks import module_of
 from .latent_map import LatentMap
 from .negative import Negative, negatives_of
 
@@ -57,6 +59,18 @@ def check_tiles(entries: Sequence[dict], latent_map: LatentMap) -> None:
                 "picture (a tile, or a detail), the mask is squeezed into every part: remove the mask there."
             )
         use.context = context
+
+
+def check_tiler(model_options: Mapping[str, Any], entries: Sequence[dict]) -> None:
+    """Raises ``ValueError`` for a negative with a mask where a wrapper around the model cuts each step into tiles, as
+    TiledDiffusion's does: it does not say which tile the model gets."""
+    wrapper = model_options.get("model_function_wrapper")
+    wrapper = getattr(wrapper, "__self__", wrapper)
+    if hasattr(wrapper, "tile_width") and any(n.mask is not None for entry in entries for n in negatives_of(entry)):
+        raise ValueError(
+            f"VSF: {type(wrapper).__qualname__} (of {module_of(type(wrapper))}) samples the picture in tiles without "
+            "saying which, so a negative's mask has no place there. Remove the mask, or that node."
+        )
 
 
 def _in_words(size: tuple[int, ...]) -> str:

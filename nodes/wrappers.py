@@ -27,8 +27,10 @@ from .latent_map import first_latent
 from .negative import negatives_of
 from .negative_batch import PREFIX, NegativeBatch
 from .run import Run, Settings
+from .run_check import check_guider
 from .text_modules import text_kept_apart
 from .text_stream import TextStream
+from .tiles import check_tiler
 
 WRAPPER_KEY = "vsf"
 RUN_KEY = "vsf_run"
@@ -80,6 +82,9 @@ class VSFPatch:
         except (AttributeError, KeyError, IndexError) as error:
             raise changed_host(f"the sampler hands its runs over without {error}") from error
         latent = first_latent(noise, kwargs.get("latent_shapes"))
+        if any(negatives_of(entry) for _, entry in entries):
+            check_guider(guider)
+            check_tiler(guider.model_options, [entry for _, entry in entries])
         run = Run.begin(self.settings, self.family, guider.model_patcher, entries, latent, options)
         if run is None:
             return executor(*args, **kwargs)
@@ -126,6 +131,7 @@ class VSFPatch:
             lost = "the text (c_crossattn)" if c_crossattn is None else "this run's transformer_options"
             raise changed_host(f"the model was called without {lost}")
         run.applied = True
+        run.reach.look(unwrapped(executor.class_obj.diffusion_model))
         model, latent = executor.class_obj, first_latent(x, kwargs.get("latent_shapes"))
         compiled = self._is_compiled(model, transformer_options)
         if compiled:
@@ -169,7 +175,9 @@ class VSFPatch:
         # N0 goes before P: text has no order here, and what is left of the sequence is then one contiguous view
         text = torch.cat([n, positive.to(dtype), *([n] if released is not None and released.copy else [])], dim=1)
         stream = TextStream(batch.length, text.shape[1] + -text.shape[1] % multiple, run.known, latent.device)
-        backend, recorded = run.backend(options, latent.device, model), RECORD_KEY in options
+        picture = family.grid(latent) + sum(family.reference_tokens(conds, diffusion_model))
+        keys = text.shape[1] + (0 if family.cross_attention else picture)
+        backend, recorded = run.backend(options, latent.device, model, keys), RECORD_KEY in options
         if recorded and not self.settings.arithmetic.records:
             raise ValueError(
                 "VSF: VSF Record shows how much of the attention falls on the negative (1 - W), and method "

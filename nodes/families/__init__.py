@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..checks import module_of
 from ..compiled import unwrapped
 from ..host_check import changed_host
 from .base import Family, Released
@@ -43,18 +44,18 @@ OTHER_LOADERS = {
 """How the classes of packs begin that run a model by code of their own, past every hook of ComfyUI's."""
 
 
-def family_of(model: Any) -> Family:
-    """The family of a ComfyUI model (``ModelPatcher.model``), by its exact class: subclasses differ in what matters.
+def family_of(patcher: Any) -> Family:
+    """The family of a ``ModelPatcher``'s model, by its exact class: subclasses differ in what matters.
 
     Raises ``ValueError`` that names the model's class and what is supported.
     """
+    model = patcher.model
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
     family = next((family for family in FAMILIES if kind in family.model_classes), None)
-    diffusion_model = unwrapped(getattr(model, "diffusion_model", None))
     if family is None:
-        raise _unsupported(model)
-    if not type(diffusion_model).__module__.startswith("comfy.ldm."):
-        raise _unsupported(diffusion_model)  # ComfyUI's class around another pack's network
+        raise _unsupported(type(model))
+    check_network(patcher)
+    diffusion_model = unwrapped(model.diffusion_model)
     try:
         family.check(model)
         for ask in (family.block_counts, family.context_width, family.head_dim):  # what a run will ask for
@@ -66,9 +67,23 @@ def family_of(model: Any) -> Family:
     return family
 
 
-def _unsupported(model: object) -> ValueError:
-    name = type(model).__qualname__
-    origin = next((f" of {pack}" for start, pack in OTHER_LOADERS.items() if name.startswith(start)), "")
+def check_network(patcher: Any) -> None:
+    """Raises ``ValueError`` where a run of this ``ModelPatcher`` would run another pack's network in ComfyUI's model.
+
+    Other patchers of the same model may have left a class of theirs on it: a run takes that off, and puts this one's
+    on."""
+    own = patcher.model.diffusion_model
+    network = patcher.get_model_object("diffusion_model")
+    plain = network is own and unwrapped(own) is own
+    kind = patcher.get_model_object("diffusion_model.__class__") if plain else type(unwrapped(network))
+    if not kind.__module__.startswith("comfy.ldm."):
+        raise _unsupported(kind)
+
+
+def _unsupported(kind: type) -> ValueError:
+    name, module = kind.__qualname__, module_of(kind)
+    other = "" if module.startswith("comfy.") else f" (of {module})"
+    origin = next((f" of {pack}" for start, pack in OTHER_LOADERS.items() if name.startswith(start)), other)
     supported = "; ".join(family.title for family in FAMILIES)
     return ValueError(
         f"VSF: models of class {name}{origin} are not supported. Supported, with ComfyUI's own loaders: {supported}. "
@@ -76,4 +91,4 @@ def _unsupported(model: object) -> ValueError:
     )
 
 
-__all__ = ["FAMILIES", "Family", "Released", "family_of"]
+__all__ = ["FAMILIES", "Family", "Released", "check_network", "family_of"]

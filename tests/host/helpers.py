@@ -159,7 +159,8 @@ def assert_close(actual, expected, bound=1e-5):
 
 def is_trial(k, kw):
     """Whether an override is only being asked, at the start of a run, whether it heeds masks."""
-    return kw.get("skip_reshape", False) and k.shape[:2] == (1, 2) and k.shape[2] in (64, 130, 1153)
+    is_ours = "vsf_run" in kw["transformer_options"] and "vsf_forward" not in kw["transformer_options"]
+    return is_ours and kw.get("skip_reshape", False) and k.shape[:2] == (1, 2)
 
 
 def spy_override(seen, inner=None):

@@ -64,10 +64,39 @@ def test_attention_that_ignores_masks(pack, models, family, masked, caplog):
     mask = {"attention_mask": torch.randn(1, 13 + 96, 13 + 96), "attention_mask_img_shape": (8, 12)} if masked else {}
     result, expected = both(pack, models, family, with_override(models[family], deaf), **mask)
     assert_close(result, expected)
-    assert any("deaf) ignores masks" in line for line in log_lines(caplog))
+    assert any("deaf) ignores or refuses masks" in line for line in log_lines(caplog))
     calls.clear()
     CASES[family].run(with_override(pack.patch(models[family]), deaf), CASES[family].prompt())
     assert len(calls) >= 3 * 2  # without a negative it stays in charge
+
+
+@pytest.mark.parametrize("most", [64, 108, "never"])
+@FAMILY
+def test_attention_that_takes_masks_for_few_keys_alone(pack, models, family, most, caplog):
+    """Beyond so many keys a kernel without masks runs, or the library refuses them, as flash-attn does."""
+
+    def partly(func, q, k, v, heads, mask=None, **kw):
+        if most == "never" and mask is not None:
+            raise RuntimeError("this attention does not support masks")
+        heeds = most != "never" and k.shape[2 if kw.get("skip_reshape") else 1] <= most
+        return func(q, k, v, heads, mask=mask if heeds else None, **kw)
+
+    result, expected = both(pack, models, family, with_override(models[family], partly))
+    assert_close(result, expected)
+    assert any("partly) ignores or refuses masks" in line for line in log_lines(caplog))
+
+
+def test_attention_that_ignores_masks_at_the_length_of_the_model_alone(pack, models, caplog):
+    """No fixed number of tokens finds it."""
+    keys = 5 + 13 + 96
+
+    def deaf_here(func, q, k, v, heads, mask=None, **kw):
+        here = k.shape[2 if kw.get("skip_reshape") else 1] == keys
+        return func(q, k, v, heads, mask=None if here else mask, **kw)
+
+    result, expected = both(pack, models, "sd3", with_override(models["sd3"], deaf_here))
+    assert_close(result, expected)
+    assert any("deaf_here) ignores or refuses masks" in line for line in log_lines(caplog))
 
 
 def test_an_override_made_anew_for_each_call_is_warned_of_once(pack, models, caplog):
@@ -84,22 +113,22 @@ def test_an_override_made_anew_for_each_call_is_warned_of_once(pack, models, cap
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "other", renewed)
     result, expected = both(pack, models, "sd3", model)
     assert_close(result, expected)
-    assert sum("ignores masks" in line for line in log_lines(caplog)) == 1
+    assert sum("ignores or refuses masks" in line for line in log_lines(caplog)) == 1
 
 
 def test_each_device_has_a_backend_of_its_own(pack, models, monkeypatch):
     """Under MultiGPU one run has several: what serves one may not serve another."""
     run, asked = sys.modules[f"{pack.module.__name__}.nodes.run"], []
 
-    def choose(options, device, dtype, head_dim):
+    def choose(options, device, dtype, head_dim, keys):
         asked.append(device.type)
         return types.SimpleNamespace(replaced=False)
 
     monkeypatch.setattr(run, "choose_backend", choose)
     patch = pack.patch(models["sd3"]).get_all_wrappers(WrappersMP.APPLY_MODEL)[0].__self__
-    one = types.SimpleNamespace(backends={}, family=patch.family)
+    one = types.SimpleNamespace(backends={}, family=patch.family, head_dim=64)
     devices = (torch.device(name) for name in ("cpu", "meta", "cpu"))
-    made = [run.Run.backend(one, {}, device, models["sd3"].model) for device in devices]
+    made = [run.Run.backend(one, {}, device, models["sd3"].model, 18) for device in devices]
     assert asked == ["cpu", "meta"] and made[0] is made[2] is not made[1]
 
 
@@ -108,7 +137,7 @@ def test_nothing_left_to_run(pack, models, monkeypatch):
     backend = sys.modules[f"{pack.module.__name__}.nodes.host_attention"]
     monkeypatch.setattr(backend, "lse_attention", lambda *args: None)
     deaf = with_override(models["sd3"], lambda func, q, k, v, heads, mask=None, **kw: func(q, k, v, heads, **kw))
-    with pytest.raises(RuntimeError, match="ignores masks.*--use-pytorch-cross-attention"):
+    with pytest.raises(RuntimeError, match="ignores or refuses masks.*--use-pytorch-cross-attention"):
         both(pack, models, "sd3", deaf)
 
 
@@ -151,7 +180,7 @@ def test_sage_attention_chosen_at_start(pack, models, monkeypatch, caplog, retur
         assert "row mask (attention_sage)" in line
     else:  # ComfyUI before 0.27 hands Sage masks that it ignores
         assert "log-sum-exp merge (cpu_flash)" in line
-        assert any("ignores masks" in other for other in log_lines(caplog))
+        assert any("ignores or refuses masks" in other for other in log_lines(caplog))
 
 
 @pytest.mark.parametrize("force", [None, "mask"])

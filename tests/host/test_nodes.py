@@ -41,7 +41,10 @@ def test_unsupported_model(pack):
 
     model = load_sd3()
     model.model.__class__ = Subclass
-    with pytest.raises(ValueError, match=r"class .*Subclass are not supported. Supported, .*: Stable Diffusion 3"):
+    with pytest.raises(
+        ValueError,
+        match=r"class .*Subclass .of tests.host.test_nodes. are not supported. Supported, .*: Stable Diffusion 3",
+    ):
         pack.patch(model)
 
 
@@ -204,6 +207,11 @@ def test_unmet_negatives(pack):
     assert unmet(prompt) == ["4"]
     prompt["6"] = {"class_type": "KSampler", "inputs": {"model": ["2", 0], "positive": ["4", 0]}}
     assert unmet(prompt) == []  # one sampler of two is patched: a before-and-after graph
+    prompt["7"] = {"class_type": "ModelMergeSimple", "inputs": {"model1": ["2", 0], "model2": ["1", 0], "ratio": 0.5}}
+    prompt["6"]["inputs"]["model"] = ["7", 0]
+    assert unmet(prompt) == []
+    prompt["7"]["inputs"].update(model1=["1", 0], model2=["2", 0])
+    assert unmet(prompt) == ["4"]  # a merge takes the weights alone of its second model
     assert unmet({"1": "nonsense", "2": {"inputs": 5}, "3": {"class_type": "VSFNegativeConditioning"}}) == ["3"]
 
 

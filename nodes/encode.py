@@ -162,6 +162,11 @@ def _encodings(clip: Any, encoder: TextEncoder, tokens: Tokens, empty: Tokens) -
         for piece, (segment, own) in zip(embedding.tensor_split(ends[:-1], dim=1), expected.items(), strict=True):
             parts[segment.name] = segment.returned(piece, own, extra)
         if any(piece.shape[1] != own.length for piece, own in parts.values()):
+            if any("negpip" in str(option) for option in clip.patcher.model_options):
+                raise ValueError(
+                    "VSF: this clip comes from a NegPip node, which encodes every token twice. Connect the CLIP from "
+                    "before that node, and write what you do not want into text."
+                )
             raise RuntimeError(
                 f"VSF: {encoder.model_class} returned {embedding.shape[1]} positions where {ends[-1]} were "
                 "expected; this ComfyUI encodes text in a way that this version of ComfyUI-VSF does not know. Please "

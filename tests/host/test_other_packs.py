@@ -9,7 +9,8 @@ import comfy.samplers
 import pytest
 import torch
 from cases import CASES, model_of
-from helpers import assert_close, relative, text
+from encoders import make_clip, make_flux_clip
+from helpers import assert_close, conditioning, relative, text
 
 LISTS = {
     "sd3": ("joint_blocks", (0, 1)),
@@ -280,3 +281,21 @@ def test_tiles_inside_a_step(pack, case, model, name):
         recorded = pack.mapping["VSFRecord"].execute(model=pack.patch(model)).result[0]
         with pytest.raises(RuntimeError, match="or by a node that samples in tiles"):
             case.run(tiled(recorded), bare, size=(16, 24))
+
+
+@pytest.mark.parametrize("make", [lambda: make_clip(clip_g=False, t5=False), make_flux_clip], ids=["sd3", "flux"])
+def test_a_clip_that_encodes_every_token_twice(pack, make):
+    """As CLIPNegPip's does: keys and values of a token are two positions."""
+    clip = make().clone()
+    clip.patcher.model_options["ppm_negpip"] = True
+    name = "clip_l" if hasattr(clip.tokenizer, "clip_g") else "t5xxl"
+    encode = getattr(clip.cond_stage_model, name).encode_token_weights
+
+    def doubled(tokens):
+        out, *rest = encode(tokens)
+        return out.repeat_interleave(2, dim=1), *rest
+
+    clip.patcher.add_object_patch(f"{name}.encode_token_weights", doubled)
+    with pytest.raises(ValueError, match="comes from a NegPip node"):
+        pack.negative(conditioning(), clip=clip, text="roof")
+    clip.patcher.unpatch_model()

@@ -19,7 +19,8 @@ from ..vsf_core import (
     way_of,
 )
 from .blocks import Block
-from .forward_context import BLOCK_KEY, FORWARD_KEY, BlockContext, ForwardContext
+from .compiled import run_block
+from .forward_context import BLOCK_KEY, FORWARD_KEY, BlockContext, ForwardContext, forward_of
 from .host_attention import FORCE, OVERRIDE, HostAttention
 from .host_check import changed_host
 from .text_patches import text_followed
@@ -61,7 +62,7 @@ def _run_block(
     def original(inner: dict) -> dict:
         try:
             options, stock = inner["transformer_options"], extra["original_block"]
-            forward: ForwardContext = options[FORWARD_KEY]
+            forward = forward_of(options)
             if previous is not None:
                 text = forward.family.text_of(block[0], inner)
                 forward.text.enter_again(text, given, start)
@@ -70,7 +71,8 @@ def _run_block(
         except KeyError as missing:
             raise changed_host(f"{block[0]} blocks hand their patches no {missing}") from missing
         forward.reached[0, position].add_(1)
-        made = stock({**inner, "transformer_options": {**options, **here}})
+        inner = {**inner, "transformer_options": {**options, **here}}
+        made = run_block(stock, inner, block[0], here.get(OVERRIDE))
         forward.text.leave_block(None if forward.family.cross_attention else forward.family.text_of(block[0], made))
         return made
 
@@ -85,7 +87,7 @@ def _run_block(
 def _enter_block(block: Block, previous: Callable | None, args: dict) -> tuple[Tensor, int]:
     """The text that goes into a block, and then through the patch ``previous``; and N's first token in it."""
     try:
-        forward: ForwardContext = args["transformer_options"][FORWARD_KEY]
+        forward = forward_of(args["transformer_options"])
         given = forward.family.text_of(block[0], args)
     except KeyError as missing:
         raise changed_host(f"{block[0]} blocks hand their patches no {missing}") from missing
@@ -107,7 +109,7 @@ def _inside(block: Block, position: int, forward: ForwardContext, args: dict, ad
 
 def _mark_block(n: Tensor, context: Tensor, value: Tensor, options: dict) -> tuple[Tensor, Tensor, Tensor]:
     """An ``attn2_patch`` that changes nothing: it tells that a block's attention over text is about to run."""
-    forward: ForwardContext = options[FORWARD_KEY]
+    forward = forward_of(options)
     block = forward.family.block_of(options, forward.calls)
     if block in forward.run.blocks:
         forward.reached[0, forward.run.blocks.index(block)].add_(1)
@@ -117,7 +119,7 @@ def _mark_block(n: Tensor, context: Tensor, value: Tensor, options: dict) -> tup
 def _cross_override(previous: Callable | None, func: Callable, *args: Any, **kwargs: Any) -> Tensor:
     """ComfyUI's attention call in a cross-attention model: VSF where its keys are the text stream, with N in it."""
     host = HostAttention(previous, func, *args, **kwargs)
-    forward: ForwardContext = host.options[FORWARD_KEY]
+    forward = forward_of(host.options)
     text = forward.text
     is_other = forward.width is not None and host.keys == text.given and forward.width != host.width
     if host.keys != text.count - text.leading and not is_other:
@@ -156,7 +158,7 @@ def _unmarked_override(previous: Callable | None, func: Callable, *args: Any, **
     """ComfyUI's attention call in a joint model without block patches: inside its blocks the sequence is [N, P, I];
     before them, where text attends to text, N and P are kept apart."""
     host = HostAttention(previous, func, *args, **kwargs)
-    forward: ForwardContext = host.options[FORWARD_KEY]
+    forward = forward_of(host.options)
     text = forward.text.given
     if "block_index" not in host.options:
         return _kept_apart(host, forward) if host.keys == text else host.unchanged()
@@ -179,7 +181,7 @@ def _joint_override(
 ) -> Tensor:
     """ComfyUI's attention call inside a joint block: VSF where its sequence is the joint one."""
     host = HostAttention(previous, func, *args, **kwargs)
-    forward: ForwardContext = host.options[FORWARD_KEY]
+    forward = forward_of(host.options)
     layout = replace(layout, cached=forward.cached_keys)
     if host.queries != layout.length or host.keys != layout.keys:
         return host.unchanged()
@@ -188,7 +190,7 @@ def _joint_override(
 
 def _joint(host: HostAttention, layout: TokenLayout, block: BlockContext) -> Tensor:
     """VSF's attention over a joint sequence."""
-    forward: ForwardContext = host.options[FORWARD_KEY]
+    forward = forward_of(host.options)
     q, k, v = host.split()
     mask = _total_mask(host.mask, layout, block.kind, forward, q.dtype)
     backend = forward.backend.of(host)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..vsf_core import Method
 from .blocks import Block, all_blocks, parse_blocks
-from .compiled import unwrapped
+from .compiled import is_compiled, unwrapped
 from .families import Family, Released
 from .forward_context import ForwardContext
 from .host_attention import OVERRIDE, Backend, choose_backend
@@ -82,6 +82,8 @@ class Run:
     kept: dict[tuple, Tensor | None] = field(default_factory=dict)
     window: tuple[float, float] | None = None
     """The noise levels at which the settings' window begins and ends."""
+    compiled: bool | None = None
+    """Whether the model came compiled, or a part of it; None before the first pass."""
     steps: int = 0
     """How often ComfyUI asked for a prediction."""
     expected: bool = False
@@ -217,6 +219,12 @@ class Run:
         return self.embeddings[key][1]
 
     # -- a forward pass -----------------------------------------------------------------------------------------------
+
+    def has_compiled_parts(self, model: Any) -> bool:
+        """Whether ``model`` came compiled, or a part of it; looked at once a run."""
+        if self.compiled is None:
+            self.compiled = is_compiled(model.diffusion_model)
+        return self.compiled
 
     def method(self, device: torch.device) -> Method:
         """The method with its numbers on ``device``, where they are put once a run."""

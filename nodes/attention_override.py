@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..vsf_core import (
@@ -19,7 +20,7 @@ from ..vsf_core import (
     way_of,
 )
 from .blocks import Block
-from .compiled import run_block
+from .compiled import run_block, unwrapped
 from .forward_context import BLOCK_KEY, FORWARD_KEY, BlockContext, ForwardContext, forward_of
 from .host_attention import FORCE, OVERRIDE, HostAttention
 from .host_check import changed_host
@@ -47,6 +48,41 @@ def patched_options(options: dict, forward: ForwardContext) -> dict:
         key = (f"{block[0]}_block", block[1])
         dit[key] = partial(_run_block, block, position, dit.get(key), result)
     return {**options, "patches_replace": {**replace, "dit": dit}}
+
+
+def blocks_told(options: dict, forward: ForwardContext) -> dict:
+    """``transformer_options`` under which blocks that no block patch encloses are told which they are, where
+    torch.compile has each by itself: all share a graph, which can read no number of a block's."""
+    if forward.family.block_hook is not None:
+        return options
+    wrappers = options.get("wrappers", {})
+    ours = {"vsf_blocks": [partial(_tell_blocks, forward)]}
+    return {
+        **options,
+        "wrappers": {**wrappers, WrappersMP.DIFFUSION_MODEL: {**wrappers.get(WrappersMP.DIFFUSION_MODEL, {}), **ours}},
+    }
+
+
+def _tell_blocks(forward: ForwardContext, executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """A wrapper around the whole model, in which all others that compile it have done so."""
+    if torch.compiler.is_compiling():
+        return executor(*args, **kwargs)
+
+    def told(position: int, _block: Any, given: tuple, named: dict) -> tuple[tuple, dict]:
+        block = forward.run.blocks[position]
+        here = {BLOCK_KEY: forward.block(block, forward.reached[1, position], forward.note(position))}
+        return given, {**named, "transformer_options": {**named["transformer_options"], **here}}
+
+    handles = [
+        module.register_forward_pre_hook(partial(told, position), with_kwargs=True)
+        for position, module in enumerate(forward.family.unmarked_blocks(executor.class_obj))
+        if unwrapped(module) is not module
+    ]
+    try:
+        return executor(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _run_block(
@@ -163,7 +199,7 @@ def _unmarked_override(previous: Callable | None, func: Callable, *args: Any, **
     if "block_index" not in host.options:
         return _kept_apart(host, forward) if host.keys == text else host.unchanged()
     layout = TokenLayout(host.keys - text, text - forward.tokens, forward.tokens)
-    return _joint(host, layout, forward.block_outside(host.options))
+    return _joint(host, layout, host.options.get(BLOCK_KEY) or forward.block_outside(host.options))
 
 
 def _kept_apart(host: HostAttention, forward: ForwardContext) -> Tensor:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..vsf_core import aligned
-from .attention_override import patched_options
+from .attention_override import blocks_told, patched_options
 from .compiled import compiled_pass, unwrapped, will_compile
 from .families import Family
 from .forward_context import ForwardContext, make_forward_context
@@ -135,6 +135,8 @@ class VSFPatch:
         kwargs = self._grown(kwargs, batch, forward, c_crossattn)
         options = patched_options(transformer_options, forward)
         diffusion_model = unwrapped(model.diffusion_model)
+        if compiled:
+            options = blocks_told(options, forward)
         alone = compiled_pass(forward.kind()) if compiled else nullcontext()
         with text_kept_apart(forward, diffusion_model, compiled), alone:
             result = executor(x, t, c_concat, context, control, options, **kwargs)

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +111,10 @@ class Family(ABC):
         start: N's first token in the text; added: how many tokens a patch around this block has put in front of it."""
         text = args["txt"].shape[1]
         return TokenLayout(image=args["img"].shape[1], positive=text - negative, negative=negative, before=start)
+
+    def unmarked_blocks(self, diffusion_model: Any) -> Iterable[Any]:
+        """The blocks themselves, in the order of their numbers, where ``block_hook`` is None."""
+        return ()
 
     def block_of(self, options: Mapping[str, Any], before: int) -> Block:
         """The block of an attention over text that no block patch encloses, from its ``transformer_options`` and the

@@ -128,7 +128,7 @@ class VSFPatch:
             raise changed_host(f"the model was called without {lost}")
         run.applied = True
         model, latent = executor.class_obj, first_latent(x, kwargs.get("latent_shapes"))
-        compiled = self._is_compiled(run, model, transformer_options)
+        compiled = will_compile(transformer_options) or run.has_compiled_parts(model)
         if compiled:
             batch = batch.padded(-batch.length % COMPILED_MULTIPLE)
         context, forward = self._joined(run, batch, model, latent, c_crossattn, transformer_options, kwargs)
@@ -145,15 +145,6 @@ class VSFPatch:
             seen = forward.recorded(forward.attention_mass, self.family.grid(latent))
             transformer_options[RECORD_KEY].add(*seen, latent, batch.view, run.latent_map, transformer_options)
         return result
-
-    def _is_compiled(self, run: Run, model: Any, options: dict) -> bool:
-        compiled = will_compile(options) or run.has_compiled_parts(model)
-        if compiled and not self.family.compiles_whole:
-            raise RuntimeError(
-                f"VSF: torch.compile breaks {self.family.title} into pieces, and graphs of these made with and without "
-                "VSF cannot be told apart. Remove the node that compiles the model."
-            )
-        return compiled
 
     def _joined(
         self, run: Run, batch: NegativeBatch, model: Any, latent: Tensor, positive: Tensor, options: dict, conds: dict

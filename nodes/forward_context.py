@@ -148,9 +148,8 @@ class ForwardContext:
             counts[layer_of(position, len(self.run.blocks))] += noted
             if noted < reached:
                 raise RuntimeError(
-                    f"VSF: VSF Record saw nothing of {block[0]} block {block[1]}: torch.compile took a graph of "
-                    "this block alone that it made without VSF Record. Compile the whole model instead, or remove "
-                    "VSF Record."
+                    f"VSF: VSF Record saw nothing of {block[0]} block {block[1]}: torch.compile took a graph that it "
+                    "made without VSF Record. Remove the node that compiles the model, or VSF Record."
                 )
         own = mass[:, :, self.own]
         if self.kept is None:

@@ -267,7 +267,8 @@ class Run:
     def verify(self, forward: ForwardContext, compiled: bool) -> None:
         """After a forward pass: fail if the negative reached nothing, and say once a run what is going on.
 
-        A compiled model that runs no block used a graph from a run without VSF.
+        A compiled model that runs no block used a graph from a run without VSF, as before PyTorch compared the
+        ambient state (``compiled.py``).
         """
         ran, reached, _ = forward.reached
         if self.family.block_hook is None:  # nothing tells of a block but its attention: all ran, or none
@@ -285,8 +286,8 @@ class Run:
             raise RuntimeError(
                 f"VSF: {missed[0][0]} block {missed[0][1]} ran without the attention call over text that VSF expects "
                 "there, so the negative had no effect. This ComfyUI, or another node, computes this block's attention "
-                "in a way that this version of ComfyUI-VSF does not know; or torch.compile took a graph of this block "
-                "alone that it made without VSF: compile the whole model instead. Otherwise please report it."
+                "in a way that this version of ComfyUI-VSF does not know; or torch.compile took a graph that it made "
+                "without VSF, as an old PyTorch may: remove the node that compiles. Otherwise please report it."
             )
         if not self.reported:
             self._report(forward, int(reached.count_nonzero()))

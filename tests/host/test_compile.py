@@ -194,6 +194,18 @@ def test_any_run_after_any_other(request, pack, name, case, part, backend):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > len(kinds) // 2, "no graph was made"
 
 
+def test_blocks_that_came_compiled(pack):
+    """By a node that tells ComfyUI nothing of it."""
+    case, model = CASES["wan"], load_wan()
+    tried, options = model.clone(), {"guard_filter_fn": skip_torch_compile_dict}
+    for k, block in enumerate(model.model.diffusion_model.blocks):
+        made = torch.compile(block, backend="eager", options=options, dynamic=False)
+        tried.add_object_patch(f"diffusion_model.blocks.{k}", made)
+    for kind in (None, {}, {"method": "nasa"}, None, {"method": "nasa"}, {}):
+        assert_close(run_of(pack, case, tried, kind), run_of(pack, case, model, kind), 1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_attention_map(pack, family):
     """A graph made without VSF Record is not taken for one with it."""

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..vsf_core import (
@@ -19,7 +20,8 @@ from ..vsf_core import (
     way_of,
 )
 from .blocks import Block
-from .forward_context import BLOCK_KEY, FORWARD_KEY, BlockContext, ForwardContext
+from .compiled import run_block, unwrapped
+from .forward_context import BLOCK_KEY, FORWARD_KEY, BlockContext, ForwardContext, forward_of
 from .host_attention import FORCE, OVERRIDE, HostAttention
 from .host_check import changed_host
 from .text_patches import text_followed
@@ -48,6 +50,41 @@ def patched_options(options: dict, forward: ForwardContext) -> dict:
     return {**options, "patches_replace": {**replace, "dit": dit}}
 
 
+def blocks_told(options: dict, forward: ForwardContext) -> dict:
+    """``transformer_options`` under which blocks that no block patch encloses are told which they are, where
+    torch.compile has each by itself: all share a graph, which can read no number of a block's."""
+    if forward.family.block_hook is not None:
+        return options
+    wrappers = options.get("wrappers", {})
+    ours = {"vsf_blocks": [partial(_tell_blocks, forward)]}
+    return {
+        **options,
+        "wrappers": {**wrappers, WrappersMP.DIFFUSION_MODEL: {**wrappers.get(WrappersMP.DIFFUSION_MODEL, {}), **ours}},
+    }
+
+
+def _tell_blocks(forward: ForwardContext, executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """A wrapper around the whole model, in which all others that compile it have done so."""
+    if torch.compiler.is_compiling():
+        return executor(*args, **kwargs)
+
+    def told(position: int, _block: Any, given: tuple, named: dict) -> tuple[tuple, dict]:
+        block = forward.run.blocks[position]
+        here = {BLOCK_KEY: forward.block(block, forward.reached[1, position], forward.note(position))}
+        return given, {**named, "transformer_options": {**named["transformer_options"], **here}}
+
+    handles = [
+        module.register_forward_pre_hook(partial(told, position), with_kwargs=True)
+        for position, module in enumerate(forward.family.unmarked_blocks(executor.class_obj))
+        if unwrapped(module) is not module
+    ]
+    try:
+        return executor(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _run_block(
     block: Block, position: int, previous: Callable | None, result: dict, args: dict, extra: Mapping
 ) -> dict:
@@ -61,7 +98,7 @@ def _run_block(
     def original(inner: dict) -> dict:
         try:
             options, stock = inner["transformer_options"], extra["original_block"]
-            forward: ForwardContext = options[FORWARD_KEY]
+            forward = forward_of(options)
             if previous is not None:
                 text = forward.family.text_of(block[0], inner)
                 forward.text.enter_again(text, given, start)
@@ -70,7 +107,8 @@ def _run_block(
         except KeyError as missing:
             raise changed_host(f"{block[0]} blocks hand their patches no {missing}") from missing
         forward.reached[0, position].add_(1)
-        made = stock({**inner, "transformer_options": {**options, **here}})
+        inner = {**inner, "transformer_options": {**options, **here}}
+        made = run_block(stock, inner, block[0], here.get(OVERRIDE))
         forward.text.leave_block(None if forward.family.cross_attention else forward.family.text_of(block[0], made))
         return made
 
@@ -85,7 +123,7 @@ def _run_block(
 def _enter_block(block: Block, previous: Callable | None, args: dict) -> tuple[Tensor, int]:
     """The text that goes into a block, and then through the patch ``previous``; and N's first token in it."""
     try:
-        forward: ForwardContext = args["transformer_options"][FORWARD_KEY]
+        forward = forward_of(args["transformer_options"])
         given = forward.family.text_of(block[0], args)
     except KeyError as missing:
         raise changed_host(f"{block[0]} blocks hand their patches no {missing}") from missing
@@ -107,7 +145,7 @@ def _inside(block: Block, position: int, forward: ForwardContext, args: dict, ad
 
 def _mark_block(n: Tensor, context: Tensor, value: Tensor, options: dict) -> tuple[Tensor, Tensor, Tensor]:
     """An ``attn2_patch`` that changes nothing: it tells that a block's attention over text is about to run."""
-    forward: ForwardContext = options[FORWARD_KEY]
+    forward = forward_of(options)
     block = forward.family.block_of(options, forward.calls)
     if block in forward.run.blocks:
         forward.reached[0, forward.run.blocks.index(block)].add_(1)
@@ -117,7 +155,7 @@ def _mark_block(n: Tensor, context: Tensor, value: Tensor, options: dict) -> tup
 def _cross_override(previous: Callable | None, func: Callable, *args: Any, **kwargs: Any) -> Tensor:
     """ComfyUI's attention call in a cross-attention model: VSF where its keys are the text stream, with N in it."""
     host = HostAttention(previous, func, *args, **kwargs)
-    forward: ForwardContext = host.options[FORWARD_KEY]
+    forward = forward_of(host.options)
     text = forward.text
     is_other = forward.width is not None and host.keys == text.given and forward.width != host.width
     if host.keys != text.count - text.leading and not is_other:
@@ -157,12 +195,12 @@ def _unmarked_override(previous: Callable | None, func: Callable, *args: Any, **
     """ComfyUI's attention call in a joint model without block patches: inside its blocks the sequence is [N, P, I];
     before them, where text attends to text, N and P are kept apart."""
     host = HostAttention(previous, func, *args, **kwargs)
-    forward: ForwardContext = host.options[FORWARD_KEY]
+    forward = forward_of(host.options)
     text = forward.text.given
     if "block_index" not in host.options:
         return _kept_apart(host, forward) if host.keys == text else host.unchanged()
     layout = TokenLayout(host.keys - text, text - forward.tokens, forward.tokens)
-    return _joint(host, layout, forward.block_outside(host.options))
+    return _joint(host, layout, host.options.get(BLOCK_KEY) or forward.block_outside(host.options))
 
 
 def _kept_apart(host: HostAttention, forward: ForwardContext) -> Tensor:
@@ -180,7 +218,7 @@ def _joint_override(
 ) -> Tensor:
     """ComfyUI's attention call inside a joint block: VSF where its sequence is the joint one."""
     host = HostAttention(previous, func, *args, **kwargs)
-    forward: ForwardContext = host.options[FORWARD_KEY]
+    forward = forward_of(host.options)
     layout = replace(layout, cached=forward.cached_keys)
     if host.queries != layout.length or host.keys != layout.keys:
         return host.unchanged()
@@ -189,7 +227,7 @@ def _joint_override(
 
 def _joint(host: HostAttention, layout: TokenLayout, block: BlockContext) -> Tensor:
     """VSF's attention over a joint sequence."""
-    forward: ForwardContext = host.options[FORWARD_KEY]
+    forward = forward_of(host.options)
     q, k, v = host.split()
     forward.check_rows(q.shape[0])
     mask = _total_mask(host.mask, layout, block.kind, forward, q.dtype)

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..vsf_core import LAYERS, Method, NegativeTerms, beside_plain, layer_of
 from .blocks import Block
+from .compiled import bind_graph, described
 from .families import Family, Released
 from .host_attention import Backend
 from .host_check import changed_host
@@ -35,12 +36,18 @@ class RunFacts(Protocol):
     def method(self, device: torch.device) -> Method: ...
 
 
+def forward_of(options: Mapping[str, Any]) -> "ForwardContext":
+    """The context of the pass with these ``transformer_options``; a graph that asks fits passes of its kind alone."""
+    bind_graph()
+    return options[FORWARD_KEY]
+
+
 @dataclass(eq=False)
 class ForwardContext:
     """What the attention needs to know during one forward pass; travels in ``transformer_options``.
 
-    Under torch.compile the guards on those are dropped (TorchCompileModel), so whatever may change between runs and is
-    not in ``signature`` is a tensor here, read from the options of the call at hand and never from a closure.
+    Under torch.compile the guards on those are dropped, so whatever may change between runs and is not in ``kind`` is a
+    tensor here, read from the options of the call at hand and never from a closure.
     """
 
     family: Family
@@ -152,9 +159,8 @@ class ForwardContext:
             counts[layer_of(position, len(self.run.blocks))] += noted
             if noted < reached:
                 raise RuntimeError(
-                    f"VSF: VSF Record saw nothing of {block[0]} block {block[1]}: torch.compile took a graph of "
-                    "this block alone that it made without VSF Record. Compile the whole model instead, or remove "
-                    "VSF Record."
+                    f"VSF: VSF Record saw nothing of {block[0]} block {block[1]}: torch.compile took a graph that it "
+                    "made without VSF Record. Remove the node that compiles the model, or VSF Record."
                 )
         own = mass[:, :, self.own]
         if self.kept is None:
@@ -167,15 +173,14 @@ class ForwardContext:
             return torch.full((1,), self.tokens, device=self.beta.device)
         return (~self.padding).sum(dim=1)
 
-    def signature(self) -> str:
+    def kind(self) -> str:
         """All that a graph compiled for this pass takes for granted and torch.compile does not guard: no values."""
-        shapes = (self.tokens, *self.alpha.shape, *self.beta.shape)
-        nones = (self.padding, self.padding_as_text, self.released, self.attention_mass)
+        text, passing = self.text, {"run", "text", "calls", "cached_keys", "keys_before"}
+        told = self.family.block_hook == "dit" and (self.released is None or not self.released.copy)
+        stream = text.negative, text.start, len(text.strangers), None if told else text.given  # else by the layout
         blocks = "".join(str(int(block in self.run.selected)) for block in self.run.blocks)
-        b = self.backend
-        attention = (b.library, b.attend and b.attend.__name__, b.ignores_mask is None, b.fused is None, b.forced)
-        kinds = (int(value is None) for value in nones)
-        return "_".join(map(str, (*shapes, *kinds, *attention, blocks, type(self.method).__name__)))
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in passing}
+        return described((own, stream, blocks))
 
 
 @dataclass(frozen=True, eq=False)

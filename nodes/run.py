@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..vsf_core import Method
 from .blocks import Block, all_blocks, parse_blocks
-from .compiled import unwrapped
+from .compiled import is_compiled, unwrapped
 from .families import Family, Released, check_network
 from .forward_context import ForwardContext
 from .host_attention import OVERRIDE, Backend, choose_backend
@@ -86,6 +86,8 @@ class Run:
     kept: dict[tuple, Tensor | None] = field(default_factory=dict)
     window: tuple[float, float] | None = None
     """The noise levels at which the settings' window begins and ends."""
+    compiled: bool | None = None
+    """Whether the model came compiled, or a part of it; None before the first pass."""
     steps: int = 0
     """How often ComfyUI asked for a prediction."""
     expected: bool = False
@@ -227,6 +229,12 @@ class Run:
 
     # -- a forward pass -----------------------------------------------------------------------------------------------
 
+    def has_compiled_parts(self, model: Any) -> bool:
+        """Whether ``model`` came compiled, or a part of it; looked at once a run."""
+        if self.compiled is None:
+            self.compiled = is_compiled(model.diffusion_model)
+        return self.compiled
+
     def method(self, device: torch.device) -> Method:
         """The method with its numbers on ``device``, where they are put once a run."""
         if device not in self.methods:
@@ -269,7 +277,8 @@ class Run:
     def verify(self, forward: ForwardContext, compiled: bool) -> None:
         """After a forward pass: fail if the negative reached nothing, and say once a run what is going on.
 
-        A compiled model that runs no block used a graph from a run without VSF.
+        A compiled model that runs no block used a graph from a run without VSF, as before PyTorch compared the
+        ambient state (``compiled.py``).
         """
         ran, reached, _ = forward.reached
         if self.family.block_hook is None:  # nothing tells of a block but its attention: all ran, or none
@@ -287,8 +296,8 @@ class Run:
             raise RuntimeError(
                 f"VSF: {missed[0][0]} block {missed[0][1]} ran without the attention call over text that VSF expects "
                 "there, so the negative had no effect. This ComfyUI, or another node, computes this block's attention "
-                "in a way that this version of ComfyUI-VSF does not know; or torch.compile took a graph of this block "
-                "alone that it made without VSF: compile the whole model instead. Otherwise please report it."
+                "in a way that this version of ComfyUI-VSF does not know; or torch.compile took a graph that it made "
+                "without VSF, as an old PyTorch may: remove the node that compiles. Otherwise please report it."
             )
         self.reach.note(ran, reached, forward.attention_mass is not None)
         if not self.reported:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..vsf_core import padding_mask, unless_all
 from .families import Family
-from .forward_context import FORWARD_KEY, ForwardContext
+from .forward_context import ForwardContext, forward_of
 from .host_check import changed_host
 
 
@@ -61,7 +61,7 @@ def _refined(family: Family, diffusion_model: Any) -> Iterator[None]:
     refined = []
 
     def without_n(module: Any, given: tuple, options: dict) -> tuple[tuple, dict]:
-        forward: ForwardContext = options["transformer_options"][FORWARD_KEY]
+        forward = forward_of(options["transformer_options"])
         text, timesteps, mask = given
         n, text = text[:, : forward.tokens], text[:, forward.tokens :]
         n, hidden = _without_padding(n, forward.padding)

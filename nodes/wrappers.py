@@ -10,6 +10,7 @@
 is the run's (``run.py``); here is what ComfyUI hands over, and how it gets it back.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import comfy.patcher_extension
@@ -18,14 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..vsf_core import aligned
-from .attention_override import patched_options
-from .compiled import distinguish_graphs, is_compiled, unwrapped
+from .attention_override import blocks_told, patched_options
+from .compiled import compiled_pass, unwrapped, will_compile
 from .families import Family
 from .forward_context import ForwardContext, make_forward_context
 from .host_check import changed_host
 from .latent_map import first_latent
 from .negative import negatives_of
-from .negative_batch import PREFIX, NegativeBatch
+from .negative_batch import NegativeBatch
 from .run import Run, Settings
 from .run_check import check_guider
 from .text_modules import text_kept_apart
@@ -133,33 +134,23 @@ class VSFPatch:
         run.applied = True
         run.reach.look(unwrapped(executor.class_obj.diffusion_model))
         model, latent = executor.class_obj, first_latent(x, kwargs.get("latent_shapes"))
-        compiled = self._is_compiled(model, transformer_options)
+        compiled = will_compile(transformer_options) or run.has_compiled_parts(model)
         if compiled:
             batch = batch.padded(-batch.length % COMPILED_MULTIPLE)
         context, forward = self._joined(run, batch, model, latent, c_crossattn, transformer_options, kwargs)
         kwargs = self._grown(kwargs, batch, forward, c_crossattn)
         options = patched_options(transformer_options, forward)
-        if compiled:
-            marked, kwargs = distinguish_graphs(PREFIX + forward.signature(), len(run.blocks), control, kwargs)
-            # cross-attention models all pass the name on
-            control = control if self.family.cross_attention else marked
         diffusion_model = unwrapped(model.diffusion_model)
-        with text_kept_apart(forward, diffusion_model, compiled):
+        if compiled:
+            options = blocks_told(options, forward)
+        alone = compiled_pass(forward.kind()) if compiled else nullcontext()
+        with text_kept_apart(forward, diffusion_model, compiled), alone:
             result = executor(x, t, c_concat, context, control, options, **kwargs)
         run.verify(forward, compiled)
         if forward.attention_mass is not None:
             seen = forward.recorded(forward.attention_mass, self.family.grid(latent))
             transformer_options[RECORD_KEY].add(*seen, latent, batch.view, run.latent_map, transformer_options)
         return result
-
-    def _is_compiled(self, model: Any, options: dict) -> bool:
-        compiled = is_compiled(model.diffusion_model, options)
-        if compiled and not self.family.compiles_whole:
-            raise RuntimeError(
-                f"VSF: torch.compile breaks {self.family.title} into pieces, and graphs of these made with and without "
-                "VSF cannot be told apart. Remove the node that compiles the model."
-            )
-        return compiled
 
     def _joined(
         self, run: Run, batch: NegativeBatch, model: Any, latent: Tensor, positive: Tensor, options: dict, conds: dict

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,9 +49,6 @@ class Family(ABC):
     """Text is seen in cross-attention alone (Eq. 9): no duplication and no isolation are needed."""
     has_text_mask: bool = False
     """That attention may come with a mask, which hides the padding of P."""
-    compiles_whole: bool = True
-    """Whether torch.compile takes the model as one graph. Where it makes pieces, those with VSF look like those
-    without."""
     block_hook: str | None = "dit"
     """How a block tells that it runs: "dit", through its entry in ``patches_replace``; "attn2", through an
     ``attn2_patch``; None where ComfyUI offers neither: then each block must show its attention over text."""
@@ -111,6 +108,10 @@ class Family(ABC):
         start: N's first token in the text; added: how many tokens a patch around this block has put in front of it."""
         text = args["txt"].shape[1]
         return TokenLayout(image=args["img"].shape[1], positive=text - negative, negative=negative, before=start)
+
+    def unmarked_blocks(self, diffusion_model: Any) -> Iterable[Any]:
+        """The blocks themselves, in the order of their numbers, where ``block_hook`` is None."""
+        return ()
 
     def block_of(self, options: Mapping[str, Any], before: int) -> Block:
         """The block of an attention over text that no block patch encloses, from its ``transformer_options`` and the

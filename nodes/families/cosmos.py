@@ -31,6 +31,9 @@ class Cosmos(CrossFamily):
     def head_dim(self, diffusion_model: Any) -> int:
         return diffusion_model.blocks[0].cross_attn.head_dim
 
+    def unmarked_blocks(self, diffusion_model: Any) -> Any:
+        return diffusion_model.blocks
+
     def block_of(self, options: Mapping[str, Any], before: int) -> Block:
         return "double", options.get("block_index", before)
 

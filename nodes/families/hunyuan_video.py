@@ -46,7 +46,6 @@ class HunyuanVideo15(HunyuanVideo):
             tokenizer_class="HunyuanVideo15Tokenizer",
         ),
     )
-    compiles_whole = False
     patch_size = 1
 
     def tokens_before(self, count: int, given: int) -> int:

@@ -53,7 +53,6 @@ class LTXAV(LTXV):
     text_encoders = (
         TextEncoder("ltxav", "LTX-2 (LTXAVTextEncoderLoader)", "LTXAVTEModel", (BosPrefix("Gemma", ("gemma3_12b",)),)),
     )
-    compiles_whole = False
 
     def check(self, model: Any) -> None:
         if self.attention_width(model.diffusion_model) == model.diffusion_model.audio_inner_dim:

@@ -41,6 +41,9 @@ class ZImage(Family):
     def head_dim(self, diffusion_model: Any) -> int:
         return diffusion_model.dim // diffusion_model.n_heads
 
+    def unmarked_blocks(self, diffusion_model: Any) -> Any:
+        return diffusion_model.layers
+
     def block_of(self, options: Mapping[str, Any], before: int) -> Block:
         return "double", options["block_index"]
 

@@ -22,6 +22,21 @@ def finite_number(name: str, value: Any) -> float:
     return number
 
 
+def whole_number(name: str, value: Any, low: int, high: int) -> int:
+    """``value`` as a whole number: a node's limits do not bind what comes through a link."""
+    number = finite_number(name, value)
+    if not low <= number <= high or number != int(number):
+        raise ValueError(f"VSF: {name} must be a whole number from {low} to {high}, got {shown(value)}.")
+    return int(number)
+
+
+def words(name: str, value: Any) -> str:
+    """``value`` as text that a log can hold."""
+    if not isinstance(value, str):
+        raise ValueError(f"VSF: {name} must be text, got {shown(value)}.")
+    return value.encode("utf-8", "replace").decode("utf-8")
+
+
 def interval(first: str, start: Any, last: str, end: Any) -> tuple[float, float]:
     """The values of the inputs ``first`` and ``last`` as a part of 0..1 that is not empty."""
     start, end = finite_number(first, start), finite_number(last, end)

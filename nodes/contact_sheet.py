@@ -7,8 +7,13 @@ from comfy_api.latest import io
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from . import checks
+
 COLUMNS = 5
 """With ``columns`` 0, at most this many."""
+MOST_COLUMNS = 64
+LONGEST_LABEL = 200
+"""Letters of a label; longer ones are cut."""
 GAP = 8
 SMALLEST_FONT = 8
 
@@ -34,7 +39,7 @@ class VSFContactSheet(io.ComfyNode):
                     "columns",
                     default=0,
                     min=0,
-                    max=64,
+                    max=MOST_COLUMNS,
                     optional=True,
                     tooltip="Pictures in a row. 0: all in one row, up to five.",
                 ),
@@ -44,7 +49,8 @@ class VSFContactSheet(io.ComfyNode):
 
     @classmethod
     def execute(cls, images: Tensor, labels: str = "", columns: int = 0) -> io.NodeOutput:
-        lines = [line.strip() for line in labels.splitlines() if line.strip()]
+        columns = checks.whole_number("columns", columns, 0, MOST_COLUMNS)
+        lines = [_cut(line.strip()) for line in checks.words("labels", labels).splitlines() if line.strip()]
         lines = lines or [str(i + 1) for i in range(images.shape[0])]
         if images.shape[0] % len(lines):
             raise ValueError(
@@ -57,6 +63,10 @@ class VSFContactSheet(io.ComfyNode):
             for p, line in zip(pictures, lines, strict=True)
         ]
         return io.NodeOutput(_tiled(cells, columns or min(len(cells), COLUMNS)))
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= LONGEST_LABEL else f"{line[:LONGEST_LABEL]}..."
 
 
 def _tiled(cells: list[Tensor], columns: int) -> Tensor:

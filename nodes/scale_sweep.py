@@ -4,9 +4,12 @@ import comfy.patcher_extension
 from comfy.nested_tensor import NestedTensor
 from comfy_api.latest import io
 
-from .checks import finite_number
+from .checks import finite_number, words
 from .run import SCALES_KEY
 from .wrappers import WRAPPER_KEY
+
+MOST = 256
+"""Scales in one run."""
 
 
 class VSFScaleSweep(io.ComfyNode):
@@ -62,7 +65,9 @@ class VSFScaleSweep(io.ComfyNode):
 
 def _parsed(text: str) -> tuple[float, ...]:
     """The numbers of a comma-separated text. Raises ``ValueError`` that names what is none."""
-    items = [part.strip() for part in text.split(",")]
+    items = [part.strip() for part in words("scales", text).split(",")]
+    if len(items) > MOST:
+        raise ValueError(f"VSF: scales has {len(items)} numbers, but one run takes {MOST} at most. Give it fewer.")
     values = tuple(finite_number("each of scales, between commas,", item) for item in items if item)
     if not values:
         raise ValueError('VSF: scales is empty. Write for example "0, 1, 2, 3.3".')

@@ -179,6 +179,29 @@ def test_sheet_without_labels_and_with_wrong_ones(pack):
         sheet(pack, colours(7), labels="a\nb")
 
 
+@pytest.mark.parametrize("columns", [-1, 65, 100_000, 1.5, float("nan"), "x", None])
+def test_columns_that_a_link_may_bring(pack, columns):
+    """A node's limits do not bind links: a row of so many pictures would fill the memory."""
+    with pytest.raises(ValueError, match="columns must be a (whole|finite) number"):
+        sheet(pack, colours(2), columns=columns)
+
+
+def test_long_labels_are_cut(pack):
+    """A megabyte of text in one cell took seconds, or Pillow's own error."""
+    assert torch.equal(sheet(pack, colours(1), labels="x" * 10**6), sheet(pack, colours(1), labels="x" * 1000))
+    assert sheet(pack, colours(1), labels="half \ud83c").shape[0] == 1
+    with pytest.raises(ValueError, match="labels must be text"):
+        sheet(pack, colours(1), labels=5)
+
+
+def test_scales_beyond_a_run(pack, models):
+    latent = {"samples": torch.zeros(1, 16, 8, 8)}
+    patched = pack.patch(models["sd3"])
+    for scales, message in ((", ".join(["1"] * 257), "257 numbers"), (5, "scales must be text")):
+        with pytest.raises(ValueError, match=message):
+            pack.mapping["VSFScaleSweep"].execute(patched, latent, scales)
+
+
 def test_schemas(pack):
     for node, outputs in (("VSFScaleSweep", 3), ("VSFContactSheet", 1)):
         cls = pack.mapping[node]

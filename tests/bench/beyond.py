@@ -67,14 +67,14 @@ def candidates(family: str) -> dict[str, tuple[str, list[Settings]]]:
         "offset": ("vsf", [{"offset": offset} for offset in (-1.2, -0.6, 1.0, 2.0)]),
         "schedule": ("vsf", [{**VSF, **window} for window in windows]),
         "some blocks": ("vsf", [{**VSF, "blocks": some} for some in blocks]),
-        "nag": ("nag", [{"blend": blend, "tau": tau} for blend in (0.25, 0.5, 1.0) for tau in (1.5, 5.0)]),
-        "nasa": ("nasa", [{}]),
+        "nag": ("nag words", [{"blend": blend, "tau": tau} for blend in (0.25, 0.5, 1.0) for tau in (1.5, 5.0)]),
+        "nasa": ("nasa words", [{}]),
     }
 
 
 def sweep(method: str, own: Settings, scales: Sequence[float]) -> list[Job]:
     """One candidate with one choice of its own numbers, at every scale; NAG's and NASA's scales are their phi."""
-    phi = {"nag": 1.5, "nasa": 0.1}
+    phi = {"nag words": 1.5, "nasa words": 0.1}
     if method in phi:
         return [Job(method, {"phi": round(phi[method] * scale, 3), **own, "steps": STEPS}) for scale in scales]
     return [Job(method, {"scale": scale, **own, "steps": STEPS}) for scale in scales]

@@ -5,7 +5,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,13 @@ def cases(pairs: Sequence[tuple[str, str]], prompts: int = len(PROMPTS)) -> list
     return [Case(o, p, text.format(o), style) for o, p in pairs for text, style in PROMPTS[:prompts]]
 
 
+GUIDED: dict[str, Callable[..., dict[str, float]]] = {
+    "nag": lambda phi, blend, tau: {"nag_scale": 1 + phi, "nag_alpha": blend, "nag_tau": tau},
+    "nasa": lambda phi: {"nasa_scale": phi},
+    "ong": lambda scale: {"ong_scale": scale},
+}
+"""The pack's methods other than VSF, and their settings as its inputs. They take the negative as a prompt, padding
+included; with " words" behind the name they have its words alone, as VSF has them."""
 FAMILIES = ("sd3", "flux", "wan")
 FRAMES = 4
 """Latent frames of Wan's clips, as it was trained."""
@@ -131,28 +138,30 @@ class Toy:
             node = self.pack["VSFNegativeConditioning"]
             padded = node.execute(positive=positive, negative=self.encode(unwanted)).result[0]
             return self.patched(**own), padded, empty
+        name = method.removesuffix(" words")
+        if name in GUIDED:
+            attached = self.attach(case.caption, unwanted)
+            attached = attached if name == method else words_alone(attached)
+            return self.patched(method=name, **GUIDED[name](**own)), attached, empty
         if method == "wef":
             flipped = -own["scale"] * self.encode(unwanted)[0][0]
             return model, [[torch.cat([tokens, flipped], 1), options] for tokens, options in positive], empty
         rules: dict[str, Callable[..., baselines.Rule]] = {
-            "nag": baselines.nag,
-            "nasa": baselines.nasa,
-            "ong": baselines.ong,
             "ong per head": partial(baselines.ong, per_head=True),
             "vsf no mask": baselines.vsf_without_mask,
             "vsf no duplication": baselines.vsf_without_duplication,
         }
-        tokens = self._tokens(case.caption, unwanted)
+        tokens = self._tokens(case.caption, unwanted, padded=method == "ong per head")
         if method == "distinct":
             tokens = _less_shared(tokens, self._tokens(case.caption, case.caption), own.pop("part"))
             return baselines.patched(model, baselines.beyond("vsf", **own), tokens), positive, empty
         rule = rules[method] if method in rules else partial(baselines.beyond, method)
         return baselines.patched(model, rule(**own), tokens), positive, empty
 
-    def _tokens(self, caption: str, words: str) -> Tensor:
-        """The tokens [1, n, C] of some words as a negative, trimmed as the pack trims them."""
+    def _tokens(self, caption: str, words: str, padded: bool = False) -> Tensor:
+        """The tokens [1, n, C] of some words as a negative, trimmed as the pack trims them, or as a prompt's."""
         (carried,) = self.attach(caption, words)[0][1]["vsf_negatives"]
-        return carried.tokens
+        return carried.padded if padded else carried.tokens
 
     def _sample(
         self, model: Any, positive: list, negative: list, seeds: Sequence[int], steps: int, cfg: float
@@ -166,6 +175,12 @@ class Toy:
         return comfy.sample.sample(
             model, noise, steps, cfg, "euler", "simple", positive, negative, start, disable_pbar=True, seed=seeds[0]
         )
+
+
+def words_alone(positive: list) -> list:
+    """A conditioning whose negatives are of their words to every method."""
+    key = "vsf_negatives"
+    return [[cond, {**said, key: tuple(replace(n, padded=None) for n in said[key])}] for cond, said in positive]
 
 
 def _less_shared(tokens: Tensor, others: Tensor, part: float) -> Tensor:

@@ -83,15 +83,16 @@ def t5_table() -> Tensor:
 
 @cache
 def sentencepiece_model() -> bytes:
-    """umt5's tokenizer file for the world's words and no others: each is one piece."""
+    """umt5's tokenizer file for the world's words and no others: each is one piece. And for their letters, as every
+    real tokenizer has them: the pack takes a letter that one does not know out of a negative."""
     import sentencepiece
 
-    model = io.BytesIO()
+    words, model = sorted({*world.words(), *"".join(world.words())}), io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([" ".join(world.words())] * 2),
+        sentence_iterator=iter([" ".join(words)] * 2),
         model_writer=model,
         model_type="word",
-        vocab_size=len(world.words()) + 3,
+        vocab_size=len(words) + 3,
         hard_vocab_limit=False,
         pad_id=0,
         eos_id=1,

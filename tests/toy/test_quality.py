@@ -1,9 +1,11 @@
 """What the evaluation makes of its records."""
 
+import baselines
 import numpy as np
 import pytest
 import quality
 import sampling
+import world
 
 
 def records(method, positive, negative, split="validation", good=0.97, **settings):
@@ -59,3 +61,24 @@ def test_every_job_is_asked_for_once(family):
         jobs = [(job.method, tuple(job.settings.items())) for job in quality.all_jobs(family, split, quick=False)]
         assert len(jobs) == len(set(jobs))
     assert quality.all_jobs(family, "test", quick=True)
+
+
+@pytest.mark.parametrize("family", ["flux", "wan"])
+def test_other_methods_have_the_prompt_with_its_padding_or_the_words_alone(family):
+    """NAG, NASA and ONG through the pack's nodes, against the formulas on what the text encoder itself says."""
+    toy, case, seeds = sampling.Toy(family), sampling.cases(world.pairs(["house"]), 1)[0], [1]
+    prompt, empty = toy.encode(case.negative)[0][0], toy.encode("")
+    words = prompt[:, : toy.attach(case.caption, case.negative)[0][1]["vsf_negatives"][0].tokens.shape[1]]
+    assert words.shape[1] < prompt.shape[1]
+    made = {}
+    for method, settings in (
+        ("nag", {"phi": 4, "blend": 0.5, "tau": 2.5}),
+        ("nasa", {"phi": 0.4}),
+        ("ong", {"scale": 1}),
+    ):
+        for name, tokens in ((method, prompt), (f"{method} words", words)):
+            made[name] = toy.pictures(case, name, {**settings, "steps": 1}, seeds)
+            model = baselines.patched(toy.model, getattr(baselines, method)(**settings), tokens)
+            expected = toy._decoded(toy._sample(model, toy.encode(case.caption), empty, seeds, 1, 1.0))
+            assert np.abs(made[name] - expected).max() < 1e-3
+        assert np.abs(made[method] - made[f"{method} words"]).max() > 0.01

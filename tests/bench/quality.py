@@ -52,8 +52,8 @@ def sweep(method: str, key: str, values: Iterable[float], **fixed: float) -> lis
 
 SCALES = (0.5, 1.0, 2.0, 3.3, 5.0, 8.0, 12.0)
 OFFSETS = (-1.2, -0.6, 0.0, 0.5, 1.0, 2.0)
-ONG = {"joint": (0.5, 1.0, 1.5, 2.0, 3.0, 5.0), "cross": (0.3, 0.4, 0.5, 1.0, 1.5, 2.0, 3.0)}
-"""Its scales: in cross-attention there is no image in Z+ and Z-, and more of Z- is orthogonal to Z+."""
+ONG = {"joint": (0.5, 1.0, 1.5, 2.0, 3.0, 5.0), "cross": (0.3, 0.4, 0.5, 1.0, 2.0, 3.0, 5.0)}
+"""Its scales. In cross-attention no image is in Z+ and Z-: of words alone more of Z- is orthogonal to Z+."""
 
 
 def all_jobs(family: str, split: str, quick: bool) -> list[Job]:

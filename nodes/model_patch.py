@@ -141,15 +141,14 @@ class VSFModelPatch(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "ong_scale",
-                    default=2.0,
+                    default=3.0,
                     min=-20.0,
                     max=20.0,
                     step=0.05,
                     optional=True,
                     advanced=True,
                     tooltip="Method ong: how much is taken away of what the negative would make and the positive would "
-                    "not; 0 is nothing. Chosen on this project's toys: 2 for SD3 and Flux, 0.4 for Wan. The paper's "
-                    "own numbers are not known here.",
+                    "not; 0 is nothing. Chosen on this project's toys: 3. The paper's own numbers are not known here.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The patched model, for any sampler or guider.")],
@@ -171,7 +170,7 @@ class VSFModelPatch(io.ComfyNode):
         nag_alpha: float = 0.25,
         nag_tau: float = 2.5,
         nasa_scale: float = 0.25,
-        ong_scale: float = 2.0,
+        ong_scale: float = 3.0,
     ) -> io.NodeOutput:
         scale, offset = finite_number("scale", scale), finite_number("offset", offset)
         start, end = interval("start_percent", start_percent, "end_percent", end_percent)

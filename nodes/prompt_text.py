@@ -179,7 +179,8 @@ class Reader:
                 said += [reason] if reason else []
                 usable += [] if reason else [piece]
             else:
-                strange = {letter: self._nearest(letter) for letter in _letters(piece.text) if not self._knows(letter)}
+                suspects = [] if self._knows(piece.text) and not self._is_broken else _letters(piece.text)
+                strange = {letter: self._nearest(letter) for letter in suspects if not self._knows(letter)}
                 unknown += [
                     letter for letter, read in strange.items() if read != _seen(letter) and letter not in unknown
                 ]

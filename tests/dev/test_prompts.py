@@ -97,7 +97,7 @@ def mask_of_another_batch(graph, family):
 
 
 def text_and_negative(graph, family):
-    graph["negative"]["inputs"].update(negative=["prompt", 0], clip=["clip", 0], text="a roof")
+    graph["negative"]["inputs"].update(negative=["empty", 0], clip=["clip", 0], text="a roof")
     return "VSF: both text and negative are given"
 
 

@@ -15,12 +15,17 @@ log = logging.getLogger(__name__)
 class Reach:
     """Of one run. blocks: the model's, before the run; selected: those of them that should see the negative."""
 
-    def __init__(self, family: Family, blocks: Sequence[Block], selected: frozenset[Block]) -> None:
+    def __init__(
+        self, family: Family, blocks: Sequence[Block], selected: frozenset[Block], diffusion_model: Any
+    ) -> None:
         self.family, self.blocks, self.selected = family, blocks, selected
         self.acted: set[Block] = set()
         """The selected ones whose attention over text ran."""
         self.regrouped: bool | None = None
         """Whether another node runs the blocks inside one of its own; None before the first pass."""
+
+        self.each = family.text_attentions(diffusion_model)
+        """How many attentions over text a block has, where nothing is in front of the text."""
 
     def look(self, diffusion_model: Any) -> None:
         """Before a pass: what the model's blocks are by now."""
@@ -30,10 +35,13 @@ class Reach:
             except AttributeError:  # a block of another node's has not what ours have
                 self.regrouped = True
 
-    def note(self, ran: Tensor, reached: Tensor, recorded: bool) -> None:
-        """After a pass: how often each block ran, and its attention over text. Raises ``RuntimeError`` where that ran
-        more often and it matters which block it was."""
-        twice = [block for block, a, b in zip(self.blocks, ran.tolist(), reached.tolist(), strict=True) if b > a]
+    def note(self, ran: Tensor, reached: Tensor, recorded: bool, leading: int) -> None:
+        """After a pass: how often each block ran, and its attentions over text. ``leading``: how many tokens of its own
+        the model has put in front of the text. Raises ``RuntimeError`` where an attention ran more often than the block
+        has it and it matters which block it was."""
+        each = 1 if leading else self.each
+        often = zip(self.blocks, ran.tolist(), reached.tolist(), strict=True)
+        twice = [block for block, a, b in often if b > a * each]
         if twice and not self._is_all_the_same(recorded):
             raise _ran_more_often(twice[0], self.regrouped)
         if len(self.acted) < len(self.selected):

@@ -140,7 +140,7 @@ class Run:
             dtype=dtype,
             tokens=max(count_tokens(negatives_of(entry)) for entry in own),
             head_dim=family.head_dim(diffusion_model),
-            reach=Reach(family, blocks, selected),
+            reach=Reach(family, blocks, selected, diffusion_model),
         )
         warn_of_idle(settings, run.scales, own, latent_map)
         for entry in own:
@@ -299,7 +299,7 @@ class Run:
                 "in a way that this version of ComfyUI-VSF does not know; or torch.compile took a graph that it made "
                 "without VSF, as an old PyTorch may: remove the node that compiles. Otherwise please report it."
             )
-        self.reach.note(ran, reached, forward.attention_mass is not None)
+        self.reach.note(ran, reached, forward.attention_mass is not None, forward.text.leading)
         if not self.reported:
             self._report(forward, int(reached.count_nonzero()))
 

@@ -82,6 +82,10 @@ class Family(ABC):
     def head_dim(self, diffusion_model: Any) -> int:
         """Channels of one attention head, the widest."""
 
+    def text_attentions(self, diffusion_model: Any) -> int:
+        """How many attentions over text a block has at most."""
+        return 1
+
     def token_refiner(self) -> str | None:
         """The diffusion model's module in which text tokens see one another before the blocks, called with (text,
         timesteps, mask): N goes through it by itself."""

@@ -29,6 +29,10 @@ class Wan(CrossFamily):
     def head_dim(self, diffusion_model: Any) -> int:
         return diffusion_model.dim // diffusion_model.num_heads
 
+    def text_attentions(self, diffusion_model: Any) -> int:
+        """An image to video model to which no CLIP vision is given attends to the text in its place, too."""
+        return 2 if hasattr(diffusion_model.blocks[0].cross_attn, "k_img") else 1
+
     def block_of(self, options: Mapping[str, Any], before: int) -> Block:
         return "double", options["block_index"]  # a block of VACE's: the block before it is its host
 

@@ -388,7 +388,7 @@ def test_a_run_that_ends_in_nan_is_an_error(pack, families):
         ({"scale": 9.0}, "1, 2.5", "at scale 1, 2.5 in", "lower scale and strength"),
         ({"method": "nag", "nag_scale": 4.0, "scale": 9.0}, None, "at nag_scale 4 in", "lower nag_scale and strength"),
         ({"method": "nasa", "nasa_scale": 0.5}, "0.2, 0.3", "at nasa_scale 0.2, 0.3 in", "lower nasa_scale and"),
-        ({"method": "ong", "nag_scale": 4.0}, None, "at ong_scale 2 in", "lower ong_scale and strength"),
+        ({"method": "ong", "nag_scale": 4.0}, None, "at ong_scale 3 in", "lower ong_scale and strength"),
     ],
 )
 def test_that_error_names_the_numbers_in_use(pack, families, patch, scales, named, lower):

@@ -17,6 +17,7 @@ NEEDED = {
     "comfy.nested_tensor": ("NestedTensor",),
     "comfy.utils": ("repeat_to_batch_size", "unpack_latents"),
     "comfy.latent_formats": ("Wan21",),
+    "comfy.sd1_clip": ("escape_important", "token_weights", "unescape_important"),
     "comfy_execution.utils": ("ExecutionContext", "get_executing_context"),
     "comfy_api.latest": ("ComfyExtension", "io.ComfyNode", "ui.PreviewText"),
 }

@@ -50,7 +50,7 @@ def test_it_is_found_inserted_and_runs(page, server, tmp_path_factory):
         return (await app.graphToPrompt()).output;
     }""")
     patch, negative = (sent[only_node(sent, kind)]["inputs"] for kind in ("VSFModelPatch", "VSFNegativeConditioning"))
-    assert (patch["scale"], patch["offset"], patch["layout"], negative["text"]) == (2.5, 0.2, "paper", "a roof")
+    assert (patch["scale"], patch["offset"], patch["layout"], negative["text"]) == (2.5, 0.2, "released", "a roof")
     assert sent[only_node(sent, "CLIPTextEncode")]["inputs"]["text"] == "a house"
     assert sent[only_node(sent, "KSampler")]["inputs"]["cfg"] == 1
     client = ComfyClient(server.address)

@@ -310,7 +310,7 @@ def test_presets_set_the_numbers_that_are_sent(demo, shot):
     )
     assert labels[0] == "Quality (SD3.5): 3.3 / 0.2, released (untested here)" and labels[-1] == "Custom"
     saved = demo.evaluate("() => t.one('VSFModelPatch').serialize().widgets_values")
-    assert saved == [2, 0.2, 0, 1, "", "paper", True, "vsf", 5, 0.25, 2.5, 0.25]
+    assert saved == [2, 0.2, 0, 1, "", "paper", True, "vsf", 5, 0.25, 2.5, 0.25, 3]
 
 
 def test_presets_are_of_one_method(demo):

@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable, Container, Iterable
+from typing import Any
 
 from .checks import shown
 
@@ -74,9 +75,15 @@ def _is_text(prompt: dict, node: str, slot: int) -> bool:
 
 def _sources(prompt: dict, node: str, names: Container[str] | None = None) -> list[tuple[str, int]]:
     """(id, output) of what is linked to the inputs of a node, or to those of ``names``."""
-    inputs = prompt.get(node, {}).get("inputs", {}).items()
-    links = (value for name, value in inputs if names is None or name in names)
-    return [(str(v[0]), v[1]) for v in links if isinstance(v, list) and len(v) == 2 and str(v[0]) in prompt]
+    return [(source, slot) for name, source, slot in _links(prompt, node) if names is None or name in names]
+
+
+def _links(prompt: dict, node: str) -> list[tuple[str, str, Any]]:
+    """(input, id, output) of all that is linked to a node."""
+    spec = prompt.get(node)
+    inputs = spec.get("inputs") if isinstance(spec, dict) else None
+    links = inputs.items() if isinstance(inputs, dict) else ()
+    return [(name, str(v[0]), v[1]) for name, v in links if isinstance(v, list) and len(v) == 2 and str(v[0]) in prompt]
 
 
 def _output(prompt: dict, node: str, slot: int) -> str | None:
@@ -104,10 +111,8 @@ def _edges(prompt: dict, follow: Callable[[object, str], bool] = lambda kind, na
     """The nodes that each node takes something from, by the inputs that ``follow`` takes of its class."""
     edges = {}
     for node, spec in prompt.items():
-        inputs = spec.get("inputs") if isinstance(spec, dict) else None
-        named = inputs.items() if isinstance(inputs, dict) else ()
-        values = [value for name, value in named if follow(spec.get("class_type"), name)]
-        edges[node] = {str(v[0]) for v in values if isinstance(v, list) and len(v) == 2} & prompt.keys()
+        kind = spec.get("class_type") if isinstance(spec, dict) else None
+        edges[node] = {source for name, source, _ in _links(prompt, node) if follow(kind, name)}
     return edges
 
 

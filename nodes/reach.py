@@ -23,7 +23,6 @@ class Reach:
         """The selected ones whose attention over text ran."""
         self.regrouped: bool | None = None
         """Whether another node runs the blocks inside one of its own; None before the first pass."""
-
         self.each = family.text_attentions(diffusion_model)
         """How many attentions over text a block has, where nothing is in front of the text."""
 

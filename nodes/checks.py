@@ -34,7 +34,7 @@ def words(name: str, value: Any) -> str:
     """``value`` as text that a log can hold."""
     if not isinstance(value, str):
         raise ValueError(f"VSF: {name} must be text, got {shown(value)}.")
-    return value.encode("utf-8", "replace").decode("utf-8")
+    return value.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def interval(first: str, start: Any, last: str, end: Any) -> tuple[float, float]:

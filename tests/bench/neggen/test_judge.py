@@ -317,9 +317,9 @@ def test_one_odd_first_answer_costs_one_picture(judged, monkeypatch):
 def test_a_judge_that_never_answers_in_form_is_stopped_early(judged, how, capsys, monkeypatch):
     monkeypatch.setattr(Endpoint, "_pause", lambda *_: 0.0)
     with endpoint(how) as (address, seen):
-        assert run(judged, address, "--yes") == 1
+        assert run(judged, address, "--yes", "--at-once", "1") == 1
     told = capsys.readouterr().err
-    assert "no answer about 3 pictures has the form asked for, see --prompt" in told and len(seen) <= 10, told
+    assert "no answer about 3 pictures has the form asked for, see --prompt" in told and len(seen) == 6, told
     assert {"no scores": "can not see", "a score missing": "'quality' is missing"}.get(how, "not a chat") in told
 
 

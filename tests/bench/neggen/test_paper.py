@@ -127,9 +127,9 @@ def test_a_judge_that_was_asked_in_the_wrong_form(made, tmp_path, capsys, monkey
     out = taken_in(made, tmp_path)
     monkeypatch.setattr("neggen.endpoint.Endpoint._pause", lambda *_: 0.0)
     with endpoint(lambda body: (200, {}, completion('{"reasoning": "", "answer_1": true}'))) as (address, seen):
-        assert neggen("judge", out, "--endpoint", address, "--model", "llama", "--yes") == 1
+        assert neggen("judge", out, "--endpoint", address, "--model", "llama", "--yes", "--at-once", "1") == 1
     told = capsys.readouterr().err
-    assert "see --prompt" in told and "'positive' is missing" in told and "answer_1" in told and len(seen) <= 10
+    assert "see --prompt" in told and "'positive' is missing" in told and "answer_1" in told and len(seen) == 6
 
 
 def test_what_is_taken_in_twice_or_not_at_all(made, tmp_path, capsys):

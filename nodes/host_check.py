@@ -18,6 +18,7 @@ NEEDED = {
     "comfy.utils": ("repeat_to_batch_size", "unpack_latents"),
     "comfy.latent_formats": ("Wan21",),
     "comfy.sd1_clip": ("escape_important", "token_weights", "unescape_important"),
+    "comfy_execution.progress": ("ProgressHandler", "add_progress_handler", "get_progress_state"),
     "comfy_execution.utils": ("ExecutionContext", "get_executing_context"),
     "comfy_api.latest": ("ComfyExtension", "io.ComfyNode", "ui.PreviewText"),
 }

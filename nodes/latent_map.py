@@ -41,11 +41,7 @@ class View:
         if whole.shape[0] == 1:
             return whole
         if not self.pictures:
-            raise RuntimeError(
-                f"VSF: another node samples some of the {batch} pictures at a time without saying which, and "
-                "negatives, masks or scales are here for one picture each. Remove that node, or use the same for "
-                "all pictures."
-            )
+            raise some_pictures(batch)
         return comfy.utils.repeat_to_batch_size(whole, batch)[list(self.pictures)]
 
 
@@ -137,6 +133,13 @@ class LatentMap:
         made = torch.ones(self.frames, *size) if mask is None else _in_latent_frames(mask, self.frames, size)
         inside = torch.tensor(in_frames(negative.frames, self.frames))
         return (made * inside[:, None, None])[None]
+
+
+def some_pictures(batch: int) -> RuntimeError:
+    return RuntimeError(
+        f"VSF: another node samples some of the {batch} pictures at a time without saying which, and negatives, masks "
+        "or scales are here for one picture each. Remove that node, or use the same for all pictures."
+    )
 
 
 def first_latent(latent: Tensor, shapes: Sequence[Sequence[int]] | None) -> Tensor:

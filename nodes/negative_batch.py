@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import comfy.conds
 import comfy.utils
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .latent_map import LatentMap, View
+from .latent_map import LatentMap, View, some_pictures
 from .negative import Negative, count_tokens, same_mask, spans
 
 PREFIX = "vsf_"
@@ -84,13 +85,9 @@ class NegativeBatch:
     def to_conds(self) -> dict[str, comfy.conds.CONDRegular]:
         """What goes into ``model_conds``: ComfyUI repeats it to the batch, and stacks that of entries run as one."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        kinds = {"mask": comfy.conds.CONDNoiseShape, "has_padding": comfy.conds.CONDConstant}
+        kinds = {"mask": _MaskRows, "has_padding": comfy.conds.CONDConstant}
         kinds["view"] = comfy.conds.CONDConstant
-        return {
-            PREFIX + name: kinds.get(name, comfy.conds.CONDRegular)(value)
-            for name, value in values.items()
-            if value is not None
-        }
+        return {PREFIX + name: kinds.get(name, _Rows)(value) for name, value in values.items() if value is not None}
 
     @classmethod
     def taken_from(cls, kwargs: dict) -> "NegativeBatch | None":
@@ -130,6 +127,20 @@ class NegativeBatch:
         positive += -positive % multiple  # the model goes on filling up P alone if N before it comes out even
         extra = next(e for e in itertools.count(-n % multiple, multiple) if positive + n + e not in taken)
         return self.padded(extra) if extra else self
+
+
+class _Rows(comfy.conds.CONDRegular):
+    """Numbers of each picture, or one row for all. ComfyUI would give fewer pictures the first rows, whichever they
+    are: a node that shows some at a time (AnimateDiff-Evolved) cuts them itself, or is refused."""
+
+    def process_cond(self, batch_size: int, **kwargs: Any) -> Any:
+        if self.cond.shape[0] > batch_size:
+            raise some_pictures(self.cond.shape[0])
+        return super().process_cond(batch_size, **kwargs)
+
+
+class _MaskRows(_Rows, comfy.conds.CONDNoiseShape):
+    """The same, where ComfyUI cuts what belongs to an area of the picture."""
 
 
 def _is_masked(n: Negative, latent_map: LatentMap, affect_references: bool) -> bool:

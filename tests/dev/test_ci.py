@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,10 @@ def run_step(script: str, folder: Path, **env: str) -> None:
 
 def test_what_they_use_and_name_is_there():
     used = [step["uses"] for step in STEPS if "uses" in step]
-    assert used and all(re.fullmatch(r"actions/[\w-]+@v\d+", one) for one in used), "GitHub's own actions only"
+    assert used and all(re.fullmatch(r"actions/[\w-]+@[0-9a-f]{40}", one) for one in used), "GitHub's own, by commit"
+    noted = [re.findall(r"uses: (actions/\S+ # v\d+\.\d+\.\d+)$", text, re.MULTILINE) for text in TEXTS.values()]
+    assert sum(map(len, noted)) == len(used), "the version that the commit is stands behind it"
+    assert len({one for found in noted for one in found}) == len(set(used)) == 3, "one commit of each action"
     called = [job["uses"] for jobs in JOBS.values() for job in jobs.values() if "uses" in job]
     assert called and all((ROOT / one).is_file() for one in called)
     paths = [path for text in TEXTS.values() for path in re.findall(r"(?<=\s)(?:pack/)?(tests/[\w./]+)", text)]
@@ -60,6 +64,26 @@ def test_what_is_published_was_tested_and_the_token_goes_nowhere_else():
     assert checked["run"] == "python dev.py release" and "env" not in checked
     assert "release-venv" in published["run"] and "secrets" in published["env"]["TOKEN"]
     assert TEXTS["publish"].count("secrets.") == 1 and tagged["run"].startswith("gh api")
+    assert published["run"].endswith("/python tests/release/publish.py"), "the token is in no command line"
+
+
+def test_the_token_is_in_no_command_line_and_in_no_childs_environment(tmp_path):
+    """comfy-cli is a stand-in that says what it was called with; the script is run as the workflow does."""
+    package = tmp_path / "comfy_cli"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    look = "print(sys.argv[1:]); print('TOKEN' in os.environ)"
+    others = "print(open('/proc/self/cmdline').read())" if Path("/proc/self/cmdline").exists() else ""
+    (package / "__main__.py").write_text(f"import os, sys\ndef main():\n    {look}\n    {others}\n")
+    script = JOBS["publish"]["publish"]["steps"][-2]["run"].split()[-1]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "TOKEN": "a-secret"}
+    done = subprocess.run([sys.executable, ROOT / script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    called, inherited, *seen = done.stdout.splitlines()
+    assert called.endswith("'node', 'publish', '--token', 'a-secret']") and inherited == "False"
+    assert "a-secret" not in "".join(seen)
+    done = subprocess.run([sys.executable, ROOT / script], env={**env, "TOKEN": ""}, capture_output=True, text=True)
+    assert done.returncode == 1 and "TOKEN is not set" in done.stderr
 
 
 def test_a_version_is_published_while_it_has_no_tag(tmp_path):

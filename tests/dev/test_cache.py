@@ -163,7 +163,7 @@ def test_an_install_of_ones_own(tmp_path):
     assert host and (host.tree, host.version, str(host.python)) == (tree, "unknown", sys.executable)
     bare_venv(tree / "venv")
     for env, message in (
-        ({"COMFYUI_PATH": str(tree)}, "venv.*lacks ComfyUI's packages"),
+        ({"COMFYUI_PATH": str(tree)}, "venv.*lacks ComfyUI's packages.*-m venv .*-m pip install -r .*requirements.txt"),
         ({"COMFYUI_PATH": "nowhere"}, "nowhere is not a ComfyUI folder"),
         ({"COMFYUI_PYTHON": sys.executable}, "COMFYUI_PATH is not"),
     ):

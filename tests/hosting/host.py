@@ -371,7 +371,11 @@ def own_install(env: Mapping[str, str], models: Path) -> Host | None:
     guess = next((path for path in usual if path.exists()), Path(sys.executable))
     python = Path(env["COMFYUI_PYTHON"]).expanduser().absolute() if env.get("COMFYUI_PYTHON") else guess
     if not has_modules(python, HOST_MODULES):
-        raise HostError(f"{python} does not run or lacks ComfyUI's packages: set COMFYUI_PYTHON to its own Python")
+        raise HostError(
+            f"{python} does not run or lacks ComfyUI's packages: set COMFYUI_PYTHON to its own Python, or make one "
+            f"there: python3 -m venv {tree / 'venv'} && {venv_python(tree / 'venv')} -m pip install "
+            f"-r {tree / 'requirements.txt'} -r {TEST_TOOLS}"
+        )
     return Host(python, tree, tree_version(tree), models)
 
 

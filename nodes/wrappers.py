@@ -23,7 +23,7 @@ from .attention_override import blocks_told, patched_options
 from .compiled import compiled_pass, unwrapped, will_compile
 from .families import Family
 from .forward_context import ForwardContext, make_forward_context
-from .host_check import changed_host
+from .host_check import OUTER_SAMPLE, by_name, changed_host
 from .latent_map import first_latent
 from .negative import negatives_of
 from .negative_batch import NegativeBatch
@@ -78,11 +78,11 @@ class VSFPatch:
         try:
             entries = [(branch, entry) for branch, entries in guider.conds.items() for entry in entries]
             options = guider.model_options["transformer_options"]  # this run's own copy
-            noise = kwargs["noise"] if "noise" in kwargs else args[0]
-            sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
-        except (AttributeError, KeyError, IndexError) as error:
+            given = by_name(OUTER_SAMPLE, args, kwargs)
+            noise, sigmas = given["noise"], given["sigmas"]
+        except (AttributeError, KeyError) as error:
             raise changed_host(f"the sampler hands its runs over without {error}") from error
-        latent = first_latent(noise, kwargs.get("latent_shapes"))
+        latent = first_latent(noise, given.get("latent_shapes"))
         if any(negatives_of(entry) for _, entry in entries):
             check_guider(guider)
             check_tiler(guider.model_options, [entry for _, entry in entries])

@@ -157,7 +157,7 @@ def used_of_comfyui(file: Path) -> set[str]:
 
 def test_all_that_is_used_by_name_is_looked_for(pack):
     check = importlib.import_module(pack.module.__name__ + ".nodes.host_check")
-    needed = [f"{module}.{name}" for module, names in check.NEEDED.items() for name in names]
+    needed = [f"{module}.{check.parsed(name)[0]}" for module, names in check.NEEDED.items() for name in names]
     files = sorted((ROOT / "nodes").rglob("*.py"))
     used = {name for file in files for name in used_of_comfyui(file)}
     assert {"comfy.conds.CONDRegular", "comfy_api.latest.io"} <= used
@@ -167,6 +167,49 @@ def test_all_that_is_used_by_name_is_looked_for(pack):
 
     assert sorted(name for name in used if not covered(name)) == []
     assert all(check._has(module, name) for module, names in check.NEEDED.items() for name in names)
+
+
+def test_all_that_a_family_takes_from_its_model_is_listed(pack):
+    """Classes of models and text encoders, and attributes of the network."""
+    name = pack.module.__name__
+    check = importlib.import_module(f"{name}.nodes.host_check")
+    families = importlib.import_module(f"{name}.nodes.families").FAMILIES
+    listed = [check.parsed(thing)[0] for things in check.WHERE_PRESENT.values() for thing in things]
+    attributes = {thing.rpartition(".")[2] for thing in listed}
+    models = {f"comfy.model_base.{thing}" for thing in check.WHERE_PRESENT["comfy.model_base"]}
+    assert set().union(*(family.model_classes for family in families)) <= models
+    encoders = [encoder for family in families for encoder in family.text_encoders]
+    named = {encoder.model_class for encoder in encoders} | {encoder.tokenizer_class for encoder in encoders} - {None}
+    assert len(named) > 15 and named <= set(listed)
+    used = set()
+    for file in (ROOT / "nodes" / "families").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith("diffusion_model"):
+                used.add(node.attr)
+    assert len(used) > 20 and used - attributes == {"__class__"} & used
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda conds, model, x_in, timestep, model_options: 0,
+        lambda model, conds, x_in, sigma, timestep, model_options: 0,
+        lambda model, conds, x_in, timestep: 0,
+    ],
+    ids=["two in other places", "one in between", "one gone"],
+)
+def test_a_function_with_other_arguments_keeps_the_nodes_away(pack, monkeypatch, caplog, changed):
+    import comfy.samplers
+
+    check = importlib.import_module(pack.module.__name__ + ".nodes.host_check")
+    monkeypatch.setattr(
+        comfy.samplers, "_calc_cond_batch", lambda model, conds, x_in, timestep, model_options, new=0: 0
+    )
+    assert check.is_supported()
+    monkeypatch.setattr(comfy.samplers, "_calc_cond_batch", changed)
+    caplog.clear()
+    assert not check.is_supported() and len(caplog.records) == 1
+    assert "comfy.samplers._calc_cond_batch(model, conds, x_in, timestep, model_options), which" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,11 @@ NEEDED = {
         "SDTokenizer.tokenize_with_weights(text, *, return_word_ids, tokenizer_options)",
         *("SDTokenizer().start_token", "SDTokenizer().end_token", "SDTokenizer().pad_token", "SDTokenizer().tokenizer"),
     ),
+    "comfy_execution.progress": (
+        *("ProgressHandler(name)", "ProgressHandler.finish_handler(node_id, state, prompt_id)"),
+        *("ProgressRegistry().dynprompt", "ProgressRegistry().handlers"),
+        *("add_progress_handler(handler)", "get_progress_state()"),
+    ),
     "comfy_execution.utils": (
         *("ExecutionContext.prompt_id", "ExecutionContext.node_id", "ExecutionContext.list_index"),
         "get_executing_context()",

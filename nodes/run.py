@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..vsf_core import Method
 from .blocks import Block, all_blocks, parse_blocks
+from .checks import no_effect
 from .compiled import is_compiled, unwrapped
 from .families import Family, Released, check_network
 from .forward_context import ForwardContext
@@ -329,7 +330,7 @@ class Run:
         if not self.reported:
             if self.missed is not None:
                 raise self.missed
-            log.warning(
+            no_effect(
                 f"VSF: no step of this run fell inside start_percent {s.start:g} to end_percent {s.end:g} with a "
                 "negative active: the picture is stock ComfyUI's."
             )
@@ -360,12 +361,12 @@ def _are_used(entries: list[tuple[str, dict]]) -> bool:
     """Whether any of the conds' (branch, entry) has a negative; a warning where that is none, or has no effect."""
     branches = [branch for branch, entry in entries if count_tokens(negatives_of(entry))]
     if not branches:
-        log.warning(
+        no_effect(
             "VSF: this model is patched, but no conditioning carries a negative: the picture is stock ComfyUI's. "
             "Put VSF Negative Conditioning (with some text) between the prompt and the sampler's positive input."
         )
     elif set(branches) == {"negative"}:
-        log.warning(
+        no_effect(
             "VSF: the negative is attached to the sampler's negative input only. At cfg 1 that input is not used "
             "at all. Attach VSF Negative Conditioning to the positive."
         )

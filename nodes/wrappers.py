@@ -32,6 +32,7 @@ from .run_check import check_guider
 from .text_modules import text_kept_apart
 from .text_stream import TextStream
 from .tiles import check_tiler
+from .watch import note_sampled
 
 WRAPPER_KEY = "vsf"
 RUN_KEY = "vsf_run"
@@ -74,6 +75,7 @@ class VSFPatch:
 
     def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
         """A whole run: (noise, latent_image, sampler, sigmas, ..., latent_shapes) -> the sampled latent."""
+        note_sampled()
         guider = executor.class_obj
         try:
             entries = [(branch, entry) for branch, entries in guider.conds.items() for entry in entries]

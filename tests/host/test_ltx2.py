@@ -53,13 +53,13 @@ def test_reference_voice(pack, case, model, voice):
 
 
 def test_guides(pack, case, model):
-    """Where guides leave tokens of the video out, so that as many are left as the text has."""
-    size, sound, guide = (22, 7, 7), 9, 49  # the last frame is the guide: 21 x 49 tokens are left, as 1024 + 5 of text
+    """Where guides leave a frame of the video out, so that as many tokens are left as the text has: 1,024 and N's 5."""
+    size, sound = (8, 7, 21), 9
     denoise = torch.ones(1, 128, *size)
     denoise[:, :, -1] = -1.0
     packed, _ = comfy.utils.pack_latents([denoise, torch.ones(1, 8, sound, 16)])
     ((cond, options),) = case.prompt()
-    guided = {"keyframe_idxs": torch.zeros(1, 3, guide, 2), "concat_mask": packed}
+    guided = {"keyframe_idxs": torch.zeros(1, 3, 7 * 21, 2), "concat_mask": packed}
     assert_close(*both(pack, case, model, n=5, positive=[[cond, {**options, **guided}]], size=size))
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from int8 import int8_attention
+from hosting.int8 import int8_attention
 from samples import backend_of, make
 
 from vsf_core import (

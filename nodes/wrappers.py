@@ -146,7 +146,7 @@ class VSFPatch:
         if compiled:
             options = blocks_told(options, forward)
         alone = compiled_pass(forward.kind()) if compiled else nullcontext()
-        with text_kept_apart(forward, diffusion_model, compiled), alone:
+        with text_kept_apart(forward, diffusion_model, compiled), run.graphs_declined(diffusion_model), alone:
             result = executor(x, t, c_concat, context, control, options, **kwargs)
         run.verify(forward, compiled)
         if forward.attention_mass is not None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import partial
-from threading import RLock
+from threading import RLock, get_ident
 from typing import Any
 
 import torch
@@ -31,6 +31,11 @@ _one_pass = RLock()
 def unwrapped(module: Any) -> Any:
     """The module itself where torch.compile has wrapped it."""
     return getattr(module, "_orig_mod", module)
+
+
+def thread() -> int:
+    """Which thread this is; a graph cannot know."""
+    return 0 if torch.compiler.is_compiling() else get_ident()
 
 
 def will_compile(transformer_options: Mapping) -> bool:

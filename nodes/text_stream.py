@@ -43,11 +43,17 @@ class TextStream:
         """The model starts, maybe once more in this pass."""
         self.begun += 1
         self.start, self.count, self.leading = 0, self.given, 0
+        self.expected = self.given
+        """How many tokens of text there should be in the block at work: those given, and what patches have added."""
+        self.added = 0
+        """Of these, how many a patch around the block has added inside it."""
         self.in_one_piece = True
         """Whether P still follows N, as it was given to the model."""
         self._held: tuple[Tensor, Tensor] | None = None
         """What went into a patch, and that or a copy of it."""
         self._entered: tuple[int, int] | None = None
+        self._kind = ""
+        """The type of the block that was entered last."""
 
     def hold(self, text: Tensor, start: int | None = None) -> None:
         """Keep ``text`` [B, tokens, C] as it goes into a patch; ``start``: where N is known to stand."""
@@ -73,25 +79,33 @@ class TextStream:
                 self.known[key] = self.found(held, text, patches)
             self.start, whole = self.known[key]
             self.in_one_piece = self.in_one_piece and whole
+        if self._entered is None:
+            self.expected += text.shape[1] - held.shape[1]
         self.count = text.shape[1]
         return self.start
 
-    def enter_block(self, block: object, text: Tensor, tokens_before: Callable[[int, int], int]) -> int:
+    def enter_block(self, block: tuple[str, int], text: Tensor, tokens_before: Callable[[int, int], int]) -> int:
         """N's first token in ``text`` as it goes into a block; ``tokens_before``: see ``Family``."""
+        self.expected, self.added = self.expected - self.added, 0
+        if self._entered is not None and self._kind == block[0]:  # else another stream, maybe with the picture
+            self.expected += text.shape[1] - self._entered[1]
         if self._entered is None:
             self.leading = tokens_before(text.shape[1], self.count)
+            self.expected += self.leading
             self.start, self._held = self.start + self.leading, None
         elif not torch.compiler.is_compiling():
             self.follow(text, ("before", block), self.strangers)
         elif self.strangers:  # in one stream with the picture, text comes first
             self.follow(text[:, : self.count], ("before", block), self.strangers)
         self.count = text.shape[1]
-        self._entered = self.start, self.count
+        self._entered, self._kind = (self.start, self.count), block[0]
         return self.start
 
     def enter_again(self, text: Tensor, given: Tensor, start: int) -> None:
         """A patch around a block runs it on ``text``: made of what the block was ``given``, where N stood at ``start``,
         or what came out when it ran before."""
+        self.expected, self.added = self.expected - self.added, text.shape[1] - given.shape[1]
+        self.expected += self.added
         if self._held is None or text is not self._held[0]:
             self.hold(given, start)
 

@@ -15,6 +15,7 @@ import comfy.clip_vision
 import torch
 from encoders import make_cosmos_clip, make_ltxav_clip, make_ltxv_clip, make_unet_clip
 from helpers import (
+    carried,
     conditioning,
     load_chroma,
     load_cosmos,
@@ -420,4 +421,4 @@ def compare(pack, family, apply=lambda m: m, order="theirs first", model=None, *
 
 def attached_of(pack, clip, words, **kw):
     """The negative that the node makes of words."""
-    return pack.negative(conditioning(), clip=clip, text=words, **kw)[0][1]["vsf_negatives"][-1]
+    return carried(pack.negative(conditioning(), clip=clip, text=words, **kw))[-1]

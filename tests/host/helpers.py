@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
 from unittest.mock import patch as patched
 
 import comfy.ldm.anima.model
@@ -93,6 +94,11 @@ def load_z_image(**kw):
 def load_hunyuan_video(kind="t2v", **kw):
     """A tiny random HunyuanVideo, or 1.5, through ComfyUI's own loader."""
     return comfy.sd.load_diffusion_model_state_dict(tiny.hunyuan_video(kind, **kw))
+
+
+def carried(positive):
+    """The negatives that the first entry of a CONDITIONING carries."""
+    return [SimpleNamespace(**negative) for negative in positive[0][1].get("vsf_negatives", ())]
 
 
 def text(length, seed, width=64, batch=1):

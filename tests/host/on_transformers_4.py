@@ -35,7 +35,7 @@ def main() -> None:
             out = node.execute(positive=conditioning(), clip=clip, text=text)
             (negative,) = out.result[0][0][1]["vsf_negatives"]
             shown = out.ui.as_dict()["text"][0].splitlines()
-            found[f"{name}: {text}"] = [shown, negative.tokens.shape[1]]
+            found[f"{name}: {text}"] = [shown, negative["tokens"].shape[1]]
     print(json.dumps(found))
 
 

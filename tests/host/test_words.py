@@ -28,7 +28,7 @@ from encoders import (
     make_wan_clip,
     make_z_image_clip,
 )
-from helpers import conditioning
+from helpers import carried, conditioning
 from safetensors.torch import save_file
 
 import nodes
@@ -101,7 +101,7 @@ def node(pack, clip):
 
     def run(text, **kw):
         out = pack.mapping["VSFNegativeConditioning"].execute(positive=conditioning(), clip=clip, text=text, **kw)
-        negatives = out.result[0][0][1].get("vsf_negatives", (None,))
+        negatives = carried(out.result[0]) or (None,)
         return negatives[-1], out.ui.as_dict()["text"][0].splitlines()
 
     return run
@@ -223,7 +223,7 @@ def test_an_embedding_that_clip_l_alone_can_read(clip_of, pack, tmp_path):
     lines = out.ui.as_dict()["text"][0].splitlines()
     assert lines[1:3] == ["CLIP-L: [embedding] · [embedding] · roof", "CLIP-G: roof"]
     assert any("CLIP-G takes embeddings that are 1280 wide" in line for line in lines)
-    negative = out.result[0][0][1]["vsf_negatives"][-1]
+    negative = carried(out.result[0])[-1]
     stock = clip.encode_from_tokens(clip.tokenize("embedding:old roof"))
     assert torch.equal(negative.tokens, stock[:, 1:4])  # two of the embedding and "roof"; CLIP-G has "roof" first
 
@@ -452,7 +452,7 @@ def extrapolated(pack, clip, **options):
     for key, value in options.items():
         clip.set_tokenizer_option(f"t5xxl_{key}", value)
     made = pack.negative(conditioning(), clip=clip, text="roof", extrapolation=8.0)
-    return made[0][1]["vsf_negatives"][-1].tokens
+    return carried(made)[-1].tokens
 
 
 @pytest.mark.parametrize("make", [make_flux_clip, lambda: make_clip(clip_l=False, clip_g=False)], ids=["flux", "sd3"])
@@ -498,10 +498,10 @@ def test_a_negative_that_is_the_positive(pack, caplog, clip_of):
         with_text = pack.negative(positive, clip=clip_of("flux"), text="roof", negative=negative)
         assert "Use Everywhere" in caplog.text and "text is" in caplog.text
         without = pack.negative(positive, clip=clip_of("flux"), text="roof")
-        assert same(with_text[0][1]["vsf_negatives"][0], without[0][1]["vsf_negatives"][0])
+        assert same(carried(with_text)[0], carried(without)[0])
         caplog.clear()
         alone = pack.negative(positive, negative=negative)
-        assert "pushes itself away" in caplog.text and len(alone[0][1]["vsf_negatives"]) == 1
+        assert "pushes itself away" in caplog.text and len(carried(alone)) == 1
     with pytest.raises(ValueError, match="both text and negative are given"):
         pack.negative(positive, clip=clip_of("flux"), text="roof", negative=conditioning(seed=3))
 

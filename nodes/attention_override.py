@@ -57,7 +57,7 @@ def patched_options(options: dict, forward: ForwardContext) -> dict:
 
 def _in_slot(options: Mapping[str, Any], override: Callable, *facts: Any) -> Callable:
     """``override`` for the slot, before what these ``transformer_options`` have there. Where that, or ComfyUI's own
-    attention, takes containers (0.32 on), ours hands them on: their memory is free as early as without VSF."""
+    attention, takes containers (0.33), ours hands them on: their memory is free as early as without VSF."""
     ours = partial(override, *facts, options.get(OVERRIDE))
     usual = comfy_attention.optimized_attention
     if container_function(options.get(OVERRIDE), usual) is not None:

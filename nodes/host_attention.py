@@ -62,7 +62,7 @@ class HostAttention:
         skip_output_reshape: bool = False,
         **kwargs: Any,
     ) -> None:
-        self.given = q, k, v
+        self.given: Any = (q, k, v)
         self.heads, self.mask = heads, mask
         self.has_heads, self.keeps_heads = skip_reshape, skip_output_reshape
         query, key = (t if isinstance(t, Tensor) else t.peek() for t in (q, k))

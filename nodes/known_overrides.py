@@ -42,7 +42,7 @@ def container_function(previous: Callable | None, func: Callable) -> Callable | 
 
 
 def log_preferred(diffusion_model: Any) -> None:
-    """Says where a checkpoint asks for an attention of its own in some layers (0.36 on), which ComfyUI passes over
+    """Says where a checkpoint asks for an attention of its own in some layers (newer than 0.33), which ComfyUI passes over
     where there is an override, as VSF's is."""
     asked = [
         function.__name__

@@ -429,6 +429,27 @@ def test_marks_of_the_template_are_no_words(name, clip, node):
             node(text)
 
 
+@pytest.mark.parametrize("name", ["qwen_image"])
+def test_marks_where_the_tokenizer_lists_none(name, clip, node, monkeypatch):
+    """As ComfyUI's own tokenizer, from 0.31 on: it tells no added tokens, and writes none unless asked to."""
+    tokenizer = clip.tokenizer.qwen25_7b
+    inner = tokenizer.tokenizer
+
+    class Bare:
+        def __call__(self, text):
+            return inner(text)
+
+        def decode(self, tokens, skip_special_tokens=True):
+            return inner.decode(tokens, skip_special_tokens=skip_special_tokens)
+
+    plain = node("red roof")
+    monkeypatch.setattr(tokenizer, "tokenizer", Bare())
+    assert same(node("red roof")[0], plain[0]) and node("red roof")[1] == plain[1]
+    for mark in ("<|im_end|>", "<|im_start|>"):
+        with pytest.raises(ValueError, match="mark of a text encoder's template"):
+            node(f"roof {mark} tree")
+
+
 @ALL
 def test_blanks_around_the_text_are_no_words(name, node):
     """In a template they would be, and a line's end would merge with the template's own."""

@@ -276,8 +276,9 @@ def _hurries(host: HostAttention) -> bool:
 
 def _attempt(host: HostAttention, mask: Tensor | None) -> Tensor | None:
     """What the host's attention gives, or None where it fails."""
+    q, k, v = host.given
     try:
-        return host.black_box(*host.given, mask)
+        return host.black_box(q, k, v, mask)
     except (InterruptProcessingException, OOM_EXCEPTION):
         raise
     except Exception:

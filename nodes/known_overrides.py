@@ -42,8 +42,8 @@ def container_function(previous: Callable | None, func: Callable) -> Callable | 
 
 
 def log_preferred(diffusion_model: Any) -> None:
-    """Says where a checkpoint asks for an attention of its own in some layers (newer than 0.33), which ComfyUI passes
-    over where there is an override, as VSF's is."""
+    """Says where a checkpoint asks for an attention of its own in some layers (newer than 0.33). ComfyUI passes over
+    that where there is an override, as VSF's is."""
     asked = [
         function.__name__
         for module in diffusion_model.modules()

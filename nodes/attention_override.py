@@ -132,6 +132,8 @@ def _run_block(
     result = pass_here.made
     result.clear()
     made = original(args) if previous is None else previous(args, {**extra, "original_block": original})
+    if not pass_here.family.cross_attention:
+        pass_here.text.leave_patches(block, given, pass_here.family.text_of(block[0], made))
     if torch.compiler.is_compiling() or is_last:
         return made
     result.update(made)

@@ -52,8 +52,8 @@ class TextStream:
         self._held: tuple[Tensor, Tensor] | None = None
         """What went into a patch, and that or a copy of it."""
         self._entered: tuple[int, int] | None = None
-        self._kind = ""
-        """The type of the block that was entered last."""
+        self._left: tuple[str, int] | None = None
+        """Of the block before: its type, and how many tokens the stream had that came out of it, patches and all."""
 
     def hold(self, text: Tensor, start: int | None = None) -> None:
         """Keep ``text`` [B, tokens, C] as it goes into a patch; ``start``: where N is known to stand."""
@@ -86,9 +86,8 @@ class TextStream:
 
     def enter_block(self, block: tuple[str, int], text: Tensor, tokens_before: Callable[[int, int], int]) -> int:
         """N's first token in ``text`` as it goes into a block; ``tokens_before``: see ``Family``."""
-        self.expected, self.added = self.expected - self.added, 0
-        if self._entered is not None and self._kind == block[0]:  # else another stream, maybe with the picture
-            self.expected += text.shape[1] - self._entered[1]
+        if self._left is not None and self._left[0] == block[0]:  # else another stream, maybe with the picture
+            self.expected += text.shape[1] - self._left[1]
         if self._entered is None:
             self.leading = tokens_before(text.shape[1], self.count)
             self.expected += self.leading
@@ -98,7 +97,7 @@ class TextStream:
         elif self.strangers:  # in one stream with the picture, text comes first
             self.follow(text[:, : self.count], ("before", block), self.strangers)
         self.count = text.shape[1]
-        self._entered, self._kind = (self.start, self.count), block[0]
+        self._entered = self.start, self.count
         return self.start
 
     def enter_again(self, text: Tensor, given: Tensor, start: int) -> None:
@@ -108,6 +107,12 @@ class TextStream:
         self.expected += self.added
         if self._held is None or text is not self._held[0]:
             self.hold(given, start)
+
+    def leave_patches(self, block: tuple[str, int], given: Tensor, text: Tensor | None) -> None:
+        """A block and all patches around it are done: ``given`` went in, ``text`` comes out, or none."""
+        count = given.shape[1] if text is None else text.shape[1]
+        self.expected, self.added = self.expected - self.added + count - given.shape[1], 0
+        self._left = block[0], count
 
     def leave_block(self, text: Tensor | None) -> None:
         """Keep the ``text`` that comes out of a block; None: the next one gets what this one got."""

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -224,7 +225,7 @@ def examples(
 
     weight: what an error counts, broadcast over the latents' channels.
     """
-    embed = captions.Captions(options.family, options.device)
+    embed = embedding(options.family, options.device)
     pools: dict[int, Pool] = {}
     rng = np.random.default_rng(seed)
     for frames, share in itertools.cycle(family.menu):
@@ -233,6 +234,12 @@ def examples(
         kept = ["" if gone else text for text, gone in zip(texts, rng.random(len(texts)) < options.drop, strict=True)]
         weight = 1 + (options.part_weight - 1) * parts
         yield family.latents(data), weight / weight.mean(), *embed(kept)
+
+
+@lru_cache(maxsize=1)
+def embedding(family: str, device: str) -> captions.Captions:
+    """What embeds a family's captions."""
+    return captions.Captions(family, device)
 
 
 def random_sigmas(n: int, shift: float, g: torch.Generator) -> Tensor:
@@ -367,7 +374,7 @@ class Trainer:
         own = {key: value.clone() for key, value in self.model.state_dict().items()}
         self.model.load_state_dict(self.average)
         texts = [f"a {thing.name}" for thing in world.THINGS] * 2
-        context, pooled = captions.Captions(self.options.family, self.options.device)(texts)
+        context, pooled = embedding(self.options.family, self.options.device)(texts)
         frames = (1,) * (self.family.menu[0][0] > 0)
         g, side = torch.Generator().manual_seed(7), world.SIZE // vector_codec.PATCH
         x = torch.randn(len(texts), vector_codec.CHANNELS, *frames, side, side, generator=g).to(self.options.device)

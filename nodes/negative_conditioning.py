@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 from . import checks
 from .encode import encode_negative, extra_of, scheduled_part, unmasked
 from .graph_check import reads_a_picture
-from .negative import KEY, Negative, negatives_of
+from .negative import Negative, attached
 from .watch import watch_prompt
 
 log = logging.getLogger(__name__)
@@ -199,7 +199,7 @@ def _attach(positive: list, made: dict[tuple[float, float] | None, Negative]) ->
                 "CLIP Hooks."
             )
         negative = made[part] if len(made) > 1 else next(iter(made.values()))
-        out.append([cond, {**options, KEY: (*negatives_of(options), negative)}])
+        out.append([cond, attached(options, negative)])
     return out
 
 

@@ -12,6 +12,7 @@ from .checks import limited
 from .families import Family, family_of
 from .latent_map import LatentMap, View, first_latent
 from .negative import negatives_of
+from .sealed import Sealed
 from .wrappers import RECORD_KEY
 
 MapType = io.Custom("VSF_MAP")
@@ -93,7 +94,7 @@ class Holder:
         shape = latent.shape[0], frames, latent.shape[-2], latent.shape[-1]
         record.begin(shape, len(sigmas) - 1, self.family.patch_size)
         options = guider.model_options["transformer_options"]  # this run's own copy
-        options[RECORD_KEY] = Recorder(record, wanted, sigmas)
+        options[RECORD_KEY] = Sealed(Recorder(record, wanted, sigmas))
         try:
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:

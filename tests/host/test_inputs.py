@@ -13,7 +13,7 @@ import pytest
 import torch
 from comfy.supported_models_base import ClipTarget
 from encoders import make_clip, make_flux_clip, make_wan_clip, randomized
-from helpers import assert_close, conditioning, load_flux, load_sd3, load_wan, relative, sample, text
+from helpers import assert_close, carried, conditioning, load_flux, load_sd3, load_wan, relative, sample, text
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -270,7 +270,7 @@ def try_out(pack, family, case):
     """Both nodes and one step; the latent and the negatives that came to it."""
     patched = pack.patch(family.model if case.model else None, **case.patch)
     attached = attach(pack, case)
-    return run(family, patched, attached, case.batch), attached[0][1].get("vsf_negatives", ())
+    return run(family, patched, attached, case.batch), carried(attached)
 
 
 @pytest.mark.timeout(3600)
@@ -316,8 +316,8 @@ def test_ten_thousand_characters(pack, families, name):
     family, words = families[name], "roof house tree sails " * 455
     assert len(words) > 10_000
     attached = pack.negative(positive_of(family), clip=family.clip, text=words)
-    (negative,) = attached[0][1]["vsf_negatives"]
-    (short,) = pack.negative(positive_of(family), clip=family.clip, text=words[:22])[0][1]["vsf_negatives"]
+    (negative,) = carried(attached)
+    (short,) = carried(pack.negative(positive_of(family), clip=family.clip, text=words[:22]))
     assert negative.tokens.shape[1] >= 455 * (short.tokens.shape[1] - 1)
     result = run(family, pack.patch(family.model), attached)
     assert torch.isfinite(result).all()

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import comfy.ldm.modules.attention as comfy_attention
 import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
@@ -24,6 +25,7 @@ from .compiled import run_block, unwrapped
 from .forward_context import BLOCK_KEY, FORWARD_KEY, BlockContext, ForwardContext, forward_of, spread
 from .host_attention import FORCE, OVERRIDE, HostAttention
 from .host_check import changed_host
+from .known_overrides import container_function
 from .sealed import Sealed, opened
 from .text_patches import text_followed
 
@@ -34,10 +36,10 @@ def patched_options(options: dict, forward: ForwardContext) -> dict:
     family = forward.family
     options = text_followed({**options, FORWARD_KEY: Sealed(forward)}, forward)
     if family.cross_attention:  # for the whole forward: VACE's blocks run outside the block patches
-        options[OVERRIDE] = partial(_cross_override, options.get(OVERRIDE))
+        options[OVERRIDE] = _in_slot(options, _cross_override)
     elif family.block_hook is None:
         options.pop("block_index", None)
-        options[OVERRIDE] = partial(_unmarked_override, options.get(OVERRIDE))
+        options[OVERRIDE] = _in_slot(options, _unmarked_override)
     if family.block_hook == "attn2":  # the last one, next to the attention itself
         patches = options.get("patches", {})
         options["patches"] = {**patches, "attn2_patch": [*patches.get("attn2_patch", ()), _mark_block]}
@@ -47,8 +49,19 @@ def patched_options(options: dict, forward: ForwardContext) -> dict:
     dit = dict(replace.get("dit", {}))
     for position, block in enumerate(forward.run.blocks):
         key = (f"{block[0]}_block", block[1])
-        dit[key] = partial(_run_block, block, position, dit.get(key))
+        is_last = position == len(forward.run.blocks) - 1
+        dit[key] = partial(_run_block, block, position, is_last, dit.get(key))
     return {**options, "patches_replace": {**replace, "dit": dit}}
+
+
+def _in_slot(options: Mapping[str, Any], override: Callable, *facts: Any) -> Callable:
+    """``override`` for the slot, before what these ``transformer_options`` have there. Where that, or ComfyUI's own
+    attention, takes containers (0.33), ours hands them on: their memory is free as early as without VSF."""
+    ours = partial(override, *facts, options.get(OVERRIDE))
+    usual = comfy_attention.optimized_attention
+    if container_function(options.get(OVERRIDE), usual) is not None:
+        ours.container_function = partial(ours, usual)  # pyright: ignore[reportAttributeAccessIssue]
+    return ours
 
 
 def blocks_told(options: dict, forward: ForwardContext) -> dict:
@@ -86,11 +99,14 @@ def _tell_blocks(forward: ForwardContext, executor: Any, *args: Any, **kwargs: A
             handle.remove()
 
 
-def _run_block(block: Block, position: int, previous: Callable | None, args: dict, extra: Mapping) -> dict:
+def _run_block(
+    block: Block, position: int, is_last: bool, previous: Callable | None, args: dict, extra: Mapping
+) -> dict:
     """An entry of ``patches_replace["dit"]``: the block with VSF's attention, inside whatever was there before.
 
-    One dict is returned from every block of a pass: ComfyUI's loop holds what a block returned while the next one
-    runs, which in Flux's first single block would be an image more than without patches.
+    One dict is returned from every block of a pass but the last: ComfyUI's loop holds what a block returned while the
+    next one runs, which in Flux's first single block would be an image more than without patches. Nothing that the
+    model made is kept when it ends: ComfyUI may record where it allocates (``recordings.py``).
     """
     pass_here, given, start = _enter_block(block, previous, args)
 
@@ -108,7 +124,8 @@ def _run_block(block: Block, position: int, previous: Callable | None, args: dic
         forward.reached[0, position].add_(1)
         inner = {**inner, "transformer_options": {**options, **here}}
         made = run_block(stock, inner, block[0], here.get(OVERRIDE))
-        forward.text.leave_block(None if forward.family.cross_attention else forward.family.text_of(block[0], made))
+        if not is_last:
+            forward.text.leave_block(None if forward.family.cross_attention else forward.family.text_of(block[0], made))
         return made
 
     result = pass_here.made
@@ -117,7 +134,7 @@ def _run_block(block: Block, position: int, previous: Callable | None, args: dic
     made = original(args) if previous is None else previous(args, {**extra, "original_block": original})
     if not pass_here.family.cross_attention:
         pass_here.text.leave_patches(block, given, pass_here.family.text_of(block[0], made))
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_last:
         return made
     result.update(made)
     return result
@@ -148,7 +165,7 @@ def _inside(block: Block, position: int, forward: ForwardContext, args: dict, ad
             layout = forward.family.layout(block[0], args, forward.tokens, forward.text.start, added)
         except ValueError as error:  # less text than N has tokens, or no picture
             raise spread(f"a {block[0]} block of this model gets {error}") from error
-        here[OVERRIDE] = partial(_joint_override, layout, args["transformer_options"].get(OVERRIDE))
+        here[OVERRIDE] = _in_slot(args["transformer_options"], _joint_override, layout)
     return here
 
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..vsf_core import NAG, NASA, ONG, VSF, Method
-from .checks import finite_number
 from .negative import Negative, same_mask
 
 
@@ -18,7 +17,7 @@ class MethodChoice:
     """Whether layout ``released`` means anything to it."""
 
     def core(self, inputs: Mapping[str, float]) -> Method:
-        """The arithmetic. Raises ``ValueError`` for an input that is no number."""
+        """The arithmetic."""
         return VSF()
 
     def alpha(self, scale: float) -> float:
@@ -62,7 +61,7 @@ class _NAG(_Guided):
     scale_input = "nag_scale"
 
     def core(self, inputs: Mapping[str, float]) -> Method:
-        return NAG(*(finite_number(name, inputs[name]) for name in ("nag_alpha", "nag_tau")))
+        return NAG(inputs["nag_alpha"], inputs["nag_tau"])
 
     def alpha(self, scale: float) -> float:
         """phi, where people set 1 + phi."""

@@ -8,6 +8,7 @@ from comfy_execution.utils import ExecutionContext, get_executing_context
 from torch import Tensor
 
 from ..vsf_core import AttentionRecord
+from .checks import limited
 from .families import Family, family_of
 from .latent_map import LatentMap, View, first_latent
 from .negative import negatives_of
@@ -171,6 +172,7 @@ class VSFRecord(io.ComfyNode):
         )
 
     @classmethod
+    @limited
     def execute(cls, model: io.Model.Type) -> io.NodeOutput:
         family = family_of(model)
         if len(family.grid_factors) > 1:

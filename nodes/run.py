@@ -3,6 +3,7 @@
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -13,16 +14,19 @@ from torch import Tensor
 
 from ..vsf_core import Method
 from .blocks import Block, all_blocks, parse_blocks
+from .checks import no_effect
 from .compiled import is_compiled, unwrapped
 from .families import Family, Released, check_network
 from .forward_context import ForwardContext
 from .host_attention import OVERRIDE, Backend, choose_backend
 from .host_check import changed_host
+from .known_overrides import log_preferred
 from .latent_map import LatentMap, View, first_latent
 from .methods import MethodChoice
 from .negative import KEY, Negative, count_tokens, negatives_of
 from .negative_batch import PREFIX, NegativeBatch
 from .reach import Reach
+from .recordings import has_graphs, without_graphs
 from .run_check import check_negatives, check_pooled, warn_of_idle
 from .text_stream import Known
 from .tiles import check_tiles
@@ -97,6 +101,8 @@ class Run:
     missed: RuntimeError | None = None
     """Why a negative did not reach the blocks, in a step that a cache may have skipped."""
     reported: bool = False
+    declined: bool = False
+    """Whether CUDA graphs of ComfyUI's were there to be replayed."""
 
     # -- before the first step ----------------------------------------------------------------------------------------
 
@@ -265,15 +271,26 @@ class Run:
         key = options.get(OVERRIDE), device
         if key not in self.backends:
             chosen = choose_backend(options, device, model.get_dtype_inference(), self.head_dim, keys)
-            warned = any(backend.replaced for backend in self.backends.values())
+            joint = not self.family.cross_attention
+            if not self.backends and key[0] is None:
+                log_preferred(model.diffusion_model)
+            said = {backend.warning(joint) for backend in self.backends.values()}
             self.backends[key] = chosen
-            if chosen.replaced and not warned:  # some nodes make an override for every call
-                log.warning(
-                    f"VSF: the attention in use ({chosen.ignores_mask}) ignores or refuses masks and returns no "
-                    "log-sum-exp, so VSF would not be exact on it. Where the image attends to text, PyTorch's runs "
-                    "instead."
-                )
+            if chosen.warning(joint) not in {None, *said}:  # some nodes make an override for every call
+                log.warning(chosen.warning(joint))
         return self.backends[key]
+
+    def graphs_declined(self, diffusion_model: Any) -> AbstractContextManager:
+        """While open, ComfyUI replays no CUDA graphs of this model's blocks; said once a run."""
+        if not has_graphs(diffusion_model):
+            return nullcontext()
+        if not self.declined:
+            self.declined = True
+            log.warning(
+                "VSF: ComfyUI would replay CUDA graphs of this model's blocks, in which the negative would not change "
+                "with the step. Steps with a negative run without them, and may be slower."
+            )
+        return without_graphs(diffusion_model)
 
     def verify(self, forward: ForwardContext, compiled: bool) -> None:
         """After a forward pass: fail if the negative reached nothing, and say once a run what is going on.
@@ -331,7 +348,7 @@ class Run:
         if not self.reported:
             if self.missed is not None:
                 raise self.missed
-            log.warning(
+            no_effect(
                 f"VSF: no step of this run fell inside start_percent {s.start:g} to end_percent {s.end:g} with a "
                 "negative active: the picture is stock ComfyUI's."
             )
@@ -362,12 +379,12 @@ def _are_used(entries: list[tuple[str, dict]]) -> bool:
     """Whether any of the conds' (branch, entry) has a negative; a warning where that is none, or has no effect."""
     branches = [branch for branch, entry in entries if count_tokens(negatives_of(entry))]
     if not branches:
-        log.warning(
+        no_effect(
             "VSF: this model is patched, but no conditioning carries a negative: the picture is stock ComfyUI's. "
             "Put VSF Negative Conditioning (with some text) between the prompt and the sampler's positive input."
         )
     elif set(branches) == {"negative"}:
-        log.warning(
+        no_effect(
             "VSF: the negative is attached to the sampler's negative input only. At cfg 1 that input is not used "
             "at all. Attach VSF Negative Conditioning to the positive."
         )

@@ -1,19 +1,16 @@
 """What a run was given, checked before its first step."""
 
-import logging
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import module_of
+from .checks import module_of, no_effect
 from .compiled import unwrapped
 from .families import Family
 from .latent_map import LatentMap, in_frames
 from .negative import Negative
-
-log = logging.getLogger(__name__)
 
 NO_EFFECT = 60
 """From this offset on the negative has practically no effect (layout paper)."""
@@ -64,7 +61,7 @@ def warn_of_idle(settings: Any, scales: Sequence[float], negatives: Sequence[Neg
     those of VSF Model Patch (``run.Settings``)."""
     negatives = list(dict.fromkeys(negatives))
     if black := sum(map(latent_map.is_nowhere, negatives)):
-        log.warning(
+        no_effect(
             f"VSF: the mask of {black} of {len(negatives)} negatives is black wherever it acts, so it does nothing to "
             "the picture. White is where it acts; LoadImage's mask is black where a picture has no transparency."
         )
@@ -74,9 +71,9 @@ def warn_of_idle(settings: Any, scales: Sequence[float], negatives: Sequence[Neg
         off += [] if any(n.strength for n in negatives) else ["strength"]
         off += [] if float(numbers.get("alpha", 1)) else ["nag_alpha"]
         if off:
-            log.warning(f"VSF: method {method.name} does nothing at this {' and '.join(off)}: raise it.")
+            no_effect(f"VSF: method {method.name} does nothing at this {' and '.join(off)}: raise it.")
     elif settings.layout == "paper" and settings.offset >= NO_EFFECT:
-        log.warning(f"VSF: an offset of {settings.offset:g} leaves the negative practically no effect. Try 0 to 2.")
+        no_effect(f"VSF: an offset of {settings.offset:g} leaves the negative practically no effect. Try 0 to 2.")
 
 
 def _check_embedding(negative: Negative, family: Family, widths: Collection[int], dtype: torch.dtype) -> None:

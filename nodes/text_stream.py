@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .recordings import lasting_copy
+
 Known = dict[tuple, tuple[int, bool]]
 """Of a run: (stage, whether the very tensor that went in comes out, N's first token going in, tokens going in, tokens
 coming out) -> N's first token coming out, and whether P still follows N as it did."""
@@ -55,7 +57,7 @@ class TextStream:
 
     def hold(self, text: Tensor, start: int | None = None) -> None:
         """Keep ``text`` [B, tokens, C] as it goes into a patch; ``start``: where N is known to stand."""
-        self._held, self.count = (text, text.clone() if self.copies else text), text.shape[1]
+        self._held, self.count = (text, lasting_copy(text) if self.copies else text), text.shape[1]
         if start is not None:
             self.start = start
 

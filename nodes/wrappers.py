@@ -23,7 +23,7 @@ from .attention_override import blocks_told, patched_options
 from .compiled import compiled_pass, unwrapped, will_compile
 from .families import Family
 from .forward_context import ForwardContext, make_forward_context
-from .host_check import changed_host
+from .host_check import OUTER_SAMPLE, by_name, changed_host
 from .latent_map import first_latent
 from .negative import negatives_of
 from .negative_batch import NegativeBatch
@@ -34,6 +34,7 @@ from .sealed import Sealed, opened
 from .text_modules import text_kept_apart
 from .text_stream import TextStream
 from .tiles import check_tiler
+from .watch import note_sampled
 
 WRAPPER_KEY = "vsf"
 RUN_KEY = "vsf_run"
@@ -76,15 +77,16 @@ class VSFPatch:
 
     def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
         """A whole run: (noise, latent_image, sampler, sigmas, ..., latent_shapes) -> the sampled latent."""
+        note_sampled()
         guider = executor.class_obj
         try:
             entries = [(branch, entry) for branch, entries in guider.conds.items() for entry in entries]
             options = guider.model_options["transformer_options"]  # this run's own copy
-            noise = kwargs["noise"] if "noise" in kwargs else args[0]
-            sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
-        except (AttributeError, KeyError, IndexError) as error:
+            given = by_name(OUTER_SAMPLE, args, kwargs)
+            noise, sigmas = given["noise"], given["sigmas"]
+        except (AttributeError, KeyError) as error:
             raise changed_host(f"the sampler hands its runs over without {error}") from error
-        latent = first_latent(noise, kwargs.get("latent_shapes"))
+        latent = first_latent(noise, given.get("latent_shapes"))
         if any(negatives_of(entry) for _, entry in entries):
             check_guider(guider)
             check_tiler(guider.model_options, [entry for _, entry in entries])
@@ -149,7 +151,7 @@ class VSFPatch:
         if compiled:
             options = blocks_told(options, forward)
         alone = compiled_pass(forward.kind()) if compiled else parts_told(forward, diffusion_model)
-        with text_kept_apart(forward, diffusion_model, compiled), alone:
+        with text_kept_apart(forward, diffusion_model, compiled), run.graphs_declined(diffusion_model), alone:
             result = executor(x, t, c_concat, context, control, options, **kwargs)
         run.verify(forward, compiled)
         if forward.attention_mass is not None:

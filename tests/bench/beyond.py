@@ -131,13 +131,11 @@ def _by_pair(records: Sequence[Mapping[str, Any]]) -> np.ndarray:
 
 def study(toy: Toy, weights: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row a candidate: its settings, chosen on validation pairs, and its areas on test pairs."""
-    import world
-
     path = options.out / toy.family / "results.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def scored(split: str, sweeps: Sequence[list[Job]], prompts: int) -> list[Sweep]:
-        asked = cases(world.pairs(world.VALIDATION if split == "validation" else world.TEST), prompts)
+        asked = cases(toy.world.pairs[split], prompts)
         work: list[Work] = [(split, job, case) for jobs in sweeps for job in jobs for case in asked]
         records = iter(sample_work(toy, weights, path, work, options.seeds))
         return [Sweep(jobs, list(islice(records, len(jobs) * len(asked)))) for jobs in sweeps]

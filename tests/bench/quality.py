@@ -4,8 +4,9 @@
 
 Scores: positive, the object is there; negative, the unwanted part is gone; quality, the share of pixels whose colour
 the world's renderer could have drawn. Intervals are 95% bootstraps over (object, part) pairs, and over pictures within
-them. Validation pairs choose VSF's and ONG's settings, test pairs (other objects, other seeds) measure them. Results
-are appended to DIR/results.jsonl as they come, and what is there already is not sampled again.
+them. Validation pairs choose the settings of VSF, NAG, NASA and ONG; test pairs (other objects, other seeds) measure
+them, with 216 pictures a row. Results are appended to DIR/results.jsonl as they come, and what is there already is not
+sampled again.
 """
 
 import argparse
@@ -19,12 +20,12 @@ import numpy as np
 import sampling
 import torch
 from intervals import bootstrap
-from sampling import GUIDED, WEIGHTS, Case, Toy, cases, fingerprint, open_comfyui, score
+from sampling import WEIGHTS, Case, Toy, cases, fingerprint, open_comfyui, score
 
 Settings = dict[str, Any]
 FIRST_SEED = {"validation": 1000, "test": 2000}
-CHOSEN = ("vsf", "ong")
-"""Methods whose setting is chosen; the others have those of their papers."""
+CHOSEN = ("vsf", "nag", "nasa", "ong")
+"""Methods whose setting is chosen, each among its own, on the same pairs."""
 KEEP_OBJECT, KEEP_QUALITY = 0.90, 0.95
 """The setting chosen is the one that removes most on validation pairs among those that keep the object this often, and
 this share of the quality without any negative."""
@@ -69,11 +70,7 @@ def all_jobs(family: str, split: str, quick: bool) -> list[Job]:
         *sweep("vsf", "scale", SCALES, offset=0.2),
         *(Job("vsf", {"scale": 3.3, "offset": offset}) for offset in OFFSETS),
     ]
-    if split == "validation":
-        return [*ours, *sweep("ong", "scale", ong)]
-    others = [
-        *sweep("cfg", "cfg", (2.0, 3.0, 4.0), steps=8),
-        *sweep("cfg", "cfg", (4.0,), steps=28),
+    rivals = [
         Job("nag", {"phi": 4, "blend": 0.125, "tau": 2.5}),
         Job("nag", {"phi": 4, "blend": 0.25, "tau": 2.5}),
         Job("nag", {"phi": 11, "blend": 0.5, "tau": 5}),
@@ -82,8 +79,13 @@ def all_jobs(family: str, split: str, quick: bool) -> list[Job]:
         *sweep("nasa", "phi", (0.15, 0.25, 0.4, 0.5, 0.8)),
         *sweep("ong", "scale", ong),
     ]
-    others += [
-        *(Job(f"{job.method} words", job.settings) for job in others if job.method in GUIDED),
+    if split == "validation":
+        return [*ours, *rivals]
+    others = [
+        *sweep("cfg", "cfg", (2.0, 3.0, 4.0), steps=8),
+        *sweep("cfg", "cfg", (4.0,), steps=28),
+        *rivals,
+        *(Job(f"{job.method} words", job.settings) for job in rivals),
         *sweep("ong per head", "scale", ong[2:5]),
         *sweep("wef", "scale", (0.5, 1.0, 2.0)),
         *sweep("vsf padded", "scale", (0.5, 1.0, 3.3), offset=0.2),
@@ -109,20 +111,18 @@ Work = tuple[str, Job, Case]
 
 def sample_all(toy: Toy, weights: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A family's results: those on disk, and what was missing. One record a job and case."""
-    import world
-
     path = options.out / "results.jsonl"
     if options.report:
         return [r for r in on_disk(path).values() if (r["family"], r["weights"]) == (toy.family, weights)]
     prompts, count = (1, 2) if options.quick else (options.prompts, options.seeds)
     wanted: list[Work] = []
-    for split, things in (("validation", world.VALIDATION), ("test", world.TEST)):
+    for split, pairs in toy.world.pairs.items():
         if options.split not in (split, "both"):
             continue
         for job in all_jobs(toy.family, split, options.quick):
             if options.methods and job.method not in options.methods:
                 continue
-            wanted += [(split, job, case) for case in cases(world.pairs(things), prompts)]
+            wanted += [(split, job, case) for case in cases(pairs, prompts)]
     return sample_work(toy, weights, path, wanted, count)
 
 
@@ -244,24 +244,23 @@ def draw_charts(rows: Sequence[Mapping[str, Any]], out: Path, family: str) -> No
 
 
 def draw_contact_sheet(toy: Toy, chosen: Mapping[str, Settings | None], out: Path, every: int = 1) -> None:
-    import world
     from charts import contact_sheet
 
     columns = {
         "nothing": ("none", {}),
         "VSF": ("vsf", chosen["vsf"] or {"scale": 2.0, "offset": 0.2}),
-        "NAG 11 / 0.5 / 5": ("nag", {"phi": 11, "blend": 0.5, "tau": 5}),
-        "NASA 0.4": ("nasa", {"phi": 0.4}),
+        "NAG": ("nag", chosen["nag"] or {"phi": 11, "blend": 0.5, "tau": 5}),
+        "NASA": ("nasa", chosen["nasa"] or {"phi": 0.4}),
         "ONG": ("ong", chosen["ong"] or {"scale": 1.0}),
         "CFG 3": ("cfg", {"cfg": 3.0}),
     }
     seeds = [FIRST_SEED["test"], FIRST_SEED["test"] + 1]
     rows = {}
-    for case in cases(world.pairs(world.TEST), 1)[::every]:
+    for case in cases(toy.world.pairs["test"], 1)[::every]:
         rows[f'"{case.caption}", not "{case.negative}"'] = [
             stills(toy.pictures(case, method, settings, seeds)) for method, settings in columns.values()
         ]
-    contact_sheet(out / "contact-sheet.png", list(columns), rows)
+    contact_sheet(out / "contact-sheet.png", list(columns), rows, zoom=3 if toy.world.side == 32 else 1)
 
 
 def stills(pictures: np.ndarray) -> np.ndarray:
@@ -283,7 +282,7 @@ def toy_parser(description: str | None, out: str, prompts: int, seeds: int) -> a
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = toy_parser(__doc__, "quality", prompts=len(sampling.PROMPTS), seeds=4)
+    parser = toy_parser(__doc__, "quality", prompts=len(sampling.PROMPTS), seeds=6)
     parser.add_argument("--quick", action="store_true", help="a few settings and pictures; under 5 minutes")
     parser.add_argument("--report", action="store_true", help="sample nothing; report on what is on disk")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help='only these, e.g. none vsf "vsf released"')

@@ -52,9 +52,9 @@ class Case:
 
     @property
     def negative(self) -> str:
-        import world
+        import worlds
 
-        return world.BY_NAME[self.thing].part(self.part).phrase
+        return worlds.phrase(self.thing, self.part)
 
 
 PROMPTS = (("a {}", ""), ("a photo of a {} and a sun", ""), ("a picture of a {} at night", "at night"))
@@ -82,9 +82,11 @@ class Toy:
 
     def __init__(self, family: str, weights: Path | None = None) -> None:
         import captions
+        import worlds
 
-        self.family = family
-        self.model = with_shift(family, load(weights or WEIGHTS / f"{family}.safetensors"))
+        path = weights or WEIGHTS / f"{family}.safetensors"
+        self.family, self.world = family, worlds.of(path)
+        self.model = with_shift(family, load(path))
         self.clip = captions.load_clip(family)
         self.encode, self.attach = cache(self._encode), cache(self._attach)
 
@@ -105,7 +107,7 @@ class Toy:
         return self.pack["VSFModelPatch"].execute(model=self.model, **settings).result[0]
 
     def pictures(self, case: Case, method: str, settings: Mapping[str, Any], seeds: Sequence[int]) -> np.ndarray:
-        """Samples [n, 3, 32, 32] (Wan: clips [n, 3, frames, 32, 32]) in 0..1, one a seed, through ComfyUI's sampler."""
+        """Samples [n, 3, h, w] (Wan: clips [n, 3, frames, h, w]) in 0..1, one a seed, through ComfyUI's sampler."""
         run = {"steps": 8, "cfg": 1.0, **settings}
         model, positive, negative = self._prepare(case, method, settings)
         return self._decoded(self._sample(model, positive, negative, seeds, run["steps"], run["cfg"]))
@@ -116,10 +118,7 @@ class Toy:
         return self._decoded(self._sample(model, positive, self.encode(""), [seed] * count, 8, 1.0))
 
     def _decoded(self, latents: Tensor) -> np.ndarray:
-        import codec
-
-        decode = codec.decode_wan if self.family == "wan" else codec.decode
-        return decode(self.model.model.latent_format.process_in(latents)).numpy()
+        return self.world.decode(self.family, self.model.model.latent_format.process_in(latents))
 
     def _prepare(self, case: Case, method: str, settings: Mapping[str, Any]) -> tuple[Any, list, list]:
         import baselines
@@ -170,7 +169,8 @@ class Toy:
 
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         frames = (FRAMES,) if self.family == "wan" else ()
-        noise = torch.stack([torch.randn(16, *frames, 32, 32, generator=g) for g in generators])
+        side = self.world.side
+        noise = torch.stack([torch.randn(16, *frames, side, side, generator=g) for g in generators])
         start = torch.zeros_like(noise)
         return comfy.sample.sample(
             model, noise, steps, cfg, "euler", "simple", positive, negative, start, disable_pbar=True, seed=seeds[0]
@@ -223,9 +223,9 @@ class Scores:
 
 
 def score(pictures: np.ndarray, case: Case) -> Scores:
-    import world
+    import worlds
 
-    found = world.detect(pictures, case.thing, case.style)
+    found = worlds.detect(pictures, case.thing, case.style)
     gone = ~found.parts[case.part]
     quality = [round(float(share), 4) for share in found.quality]
     return Scores(found.body.astype(int).tolist(), gone.astype(int).tolist(), quality)

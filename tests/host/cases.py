@@ -281,9 +281,9 @@ WAN = {**CROSS, "width": 4096, "pooled": 2048}
 EVEN = {**WAN, "sizes": ((3, 8, 10), (2, 6, 10), (1, 8, 12))}
 """Where stock ComfyUI itself takes even latent sizes alone."""
 COSMOS = {
-    **{**CROSS, "width": 1024, "pooled": 8, "layers": 10},
-    "blocks": {"double:3": {3}, "double:-1,double:8-": {0, 1, 8, 9}},
-    "bad_blocks": {"double:10": "double:0-9", "single": "double:0-9"},
+    **{**CROSS, "width": 1024, "pooled": 8, "layers": 4},
+    "blocks": {"double:3": {3}, "double:-0,double:2-": {0, 2, 3}},
+    "bad_blocks": {"double:4": "double:0-3", "single": "double:0-3"},
 }
 LTX = {**CROSS, "pooled": 8, "channels": 128, "sizes": ((3, 4, 5), (2, 3, 7), (1, 5, 9)), "patches": (1,)}
 LTX_2 = {

@@ -1,6 +1,7 @@
 """What is pushed away is what the words say: what each text encoder reads of a text, and what it is told apart from."""
 
 import functools
+import importlib.util
 import json
 import logging
 import os
@@ -55,7 +56,9 @@ MAKERS = {
 }
 ALL = pytest.mark.parametrize("name", MAKERS)
 TEMPLATES = {"qwen_image", "z_image", "flux2", "klein", "ovis", "hunyuan_video", "hunyuan_video_15"}
-BROKEN = {"hunyuan_video"} if int(transformers.__version__.split(".")[0]) >= 5 else set()
+OWN = importlib.util.find_spec("comfy.text_encoders.bpe_tokenizer") is not None
+"""Whether ComfyUI reads LLaMA's vocabulary itself, as from 0.31 on; transformers 5 reads it wrongly."""
+BROKEN = {"hunyuan_video"} if int(transformers.__version__.split(".")[0]) >= 5 and not OWN else set()
 """Those whose tokenizer loses the blanks between words; their encoder fails at a text that begins with an embedding."""
 NO_EMBEDDINGS = {"wan", "ltxav", "qwen_image", "ovis", "hunyuan_video_15", "anima", *BROKEN}
 """Anima's Qwen3 would take them, but its T5 asks that with words alone."""
@@ -284,7 +287,7 @@ def is_unknown(clip, key, letter):
     tokenizer = part(clip.tokenizer, key)
     inner = tokenizer.tokenizer
     pieces = getattr(inner, "tokenizer", inner)
-    unknown = pieces.unk_id() if hasattr(pieces, "unk_id") else inner.unk_token_id
+    unknown = pieces.unk_id() if hasattr(pieces, "unk_id") else getattr(inner, "unk_token_id", None)
     ids = inner(letter)["input_ids"]
     special = {tokenizer.start_token, tokenizer.end_token}
     return unknown in [t for t in ids if t not in special] or not set(ids) - special
@@ -427,6 +430,27 @@ def test_marks_of_the_template_are_no_words(name, clip, node):
     for text in (f"roof {mark} tree", "<|im_start|>user\nroof", "<|start_header_id|>roof"):
         with pytest.raises(ValueError, match="mark of a text encoder's template"):
             node(text)
+
+
+@pytest.mark.parametrize("name", ["qwen_image"])
+def test_marks_where_the_tokenizer_lists_none(name, clip, node, monkeypatch):
+    """As ComfyUI's own tokenizer, from 0.31 on: it tells no added tokens, and writes none unless asked to."""
+    tokenizer = clip.tokenizer.qwen25_7b
+    inner = tokenizer.tokenizer
+
+    class Bare:
+        def __call__(self, text):
+            return inner(text)
+
+        def decode(self, tokens, skip_special_tokens=True):
+            return inner.decode(tokens, skip_special_tokens=skip_special_tokens)
+
+    plain = node("red roof")
+    monkeypatch.setattr(tokenizer, "tokenizer", Bare())
+    assert same(node("red roof")[0], plain[0]) and node("red roof")[1] == plain[1]
+    for mark in ("<|im_end|>", "<|im_start|>"):
+        with pytest.raises(ValueError, match="mark of a text encoder's template"):
+            node(f"roof {mark} tree")
 
 
 @ALL

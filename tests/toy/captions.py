@@ -13,6 +13,7 @@ from typing import Any
 
 import tiny
 import torch
+import vector_world
 import world
 from torch import Tensor
 from torch.nn.functional import layer_norm
@@ -83,11 +84,12 @@ def t5_table() -> Tensor:
 
 @cache
 def sentencepiece_model() -> bytes:
-    """umt5's tokenizer file for the world's words and no others: each is one piece. And for their letters, as every
+    """umt5's tokenizer file for the worlds' words and no others: each is one piece. And for their letters, as every
     real tokenizer has them: the pack takes a letter that one does not know out of a negative."""
     import sentencepiece
 
-    words, model = sorted({*world.words(), *"".join(world.words())}), io.BytesIO()
+    known = {*world.words(), *vector_world.words()}
+    words, model = sorted({*known, *"".join(known)}), io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([" ".join(words)] * 2),
         model_writer=model,
@@ -116,46 +118,44 @@ def umt5_table() -> Tensor:
 
 
 class Captions:
-    """Embeds captions as ``load_clip(family)`` does, from its table."""
+    """Embeds captions as ``load_clip(family)`` does, from its table, on a device."""
 
-    def __init__(self, family: str) -> None:
-        self.family = family
+    def __init__(self, family: str, device: torch.device | str = "cpu") -> None:
+        self.family, self.device = family, torch.device(device)
         self.tokenize = load_clip(family).tokenize
         self.key = {"sd3": "l", "flux": "t5xxl", "wan": "umt5xxl"}[family]
         if family != "wan":  # Wan has no CLIP
             clip_l = tiny.clip_l()
-            self.tokens = clip_l["text_model.embeddings.token_embedding.weight"].float()
-            self.positions = clip_l["text_model.embeddings.position_embedding.weight"].float()
+            self.tokens = clip_l["text_model.embeddings.token_embedding.weight"].float().to(device)
+            self.positions = clip_l["text_model.embeddings.position_embedding.weight"].float().to(device)
         if family == "flux":
-            self.table = _rms(t5_table())
+            self.table = _rms(t5_table()).to(device)
         elif family == "wan":
             self.table = umt5_table()[:, :WIDTH]
         self.seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Context [n, length, width] (the real one may go on with zeros) and pooled [n, 768] (zero for Wan)."""
-        contexts, pooled = zip(*(self._embed(text) for text in texts), strict=True)
-        return torch.stack(contexts), torch.stack(pooled)
+        own, clip_l = (torch.stack(rows).to(self.device) for rows in zip(*map(self._read, texts), strict=True))
+        if self.family == "wan":
+            return own, torch.zeros(len(texts), POOLED, device=self.device)
+        context = self.table[own] if self.family == "flux" else self.tokens[own] + self.positions
+        end = (clip_l == 49407).int().argmax(1)
+        rows = self.tokens[clip_l[torch.arange(len(texts)), end]] + self.positions[end]
+        return context, layer_norm(rows, (POOLED,))
 
-    def _embed(self, text: str) -> tuple[Tensor, Tensor]:
+    def _read(self, text: str) -> tuple[Tensor, Tensor]:
+        """A caption's tokens, those of Wan embedded; and CLIP's."""
         if text not in self.seen:
             if len(self.seen) > 20_000:
                 self.seen.clear()
             chunks = self.tokenize(text)
             ids = {key: torch.tensor([token for token, _ in chunk]) for key, (chunk,) in chunks.items()}
             own = ids[self.key]
-            if self.family == "sd3":
-                context = self.tokens[own] + self.positions
-            elif self.family == "flux":
-                context = self.table[own]
-            else:
-                context = _mixed(self.table[own], int((own != 0).sum()))
-            self.seen[text] = context, self._pooled(ids["l"]) if "l" in ids else torch.zeros(POOLED)
+            if self.family == "wan":
+                own = _mixed(self.table[own], int((own != 0).sum()))
+            self.seen[text] = own, ids.get("l", torch.zeros(0))
         return self.seen[text]
-
-    def _pooled(self, ids: Tensor) -> Tensor:
-        end = int((ids == 49407).int().argmax())
-        return layer_norm(self.tokens[ids[end]] + self.positions[end], (POOLED,))
 
 
 def _mixed(rows: Tensor, words: int) -> Tensor:

@@ -7,6 +7,7 @@ import folder_paths
 import pytest
 import tiny
 import torch
+import vector_world
 import world
 
 import nodes
@@ -81,7 +82,7 @@ def test_the_table_of_captions_is_the_real_encoder(family):
 
 def test_umt5_has_a_piece_for_every_word():
     tokenize = captions.load_clip("wan").tokenize
-    for word in world.words():
+    for word in {*world.words(), *vector_world.words()}:
         own = [token for token, _ in tokenize(word)["umt5xxl"][0] if token != 0]
         assert len(own) == 2 and own[0] > 2, word  # the word, the end; 2 is what is unknown
 

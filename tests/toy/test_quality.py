@@ -45,14 +45,17 @@ def test_the_setting_is_chosen_on_validation_pairs_within_bounds():
         + records("vsf", 0.80, 0.99, scale=3.0)  # loses the object
         + records("vsf", 1.0, 0.99, good=0.7, scale=4.0)  # loses the picture
         + records("vsf", 1.0, 1.0, split="test", scale=5.0)
+        + records("nag", 0.5, 1.0, phi=4)
+        + records("nasa", 1.0, 0.3, phi=0.4)
         + records("ong", 0.92, 0.3, scale=6.0)
         + records("ong", 0.89, 1.0, scale=2.0)
     )
     chosen = {method: quality.choose(rows, method) for method in quality.CHOSEN}
-    assert chosen == {"vsf": {"scale": 2.0}, "ong": {"scale": 6.0}}
+    assert chosen == {"vsf": {"scale": 2.0}, "ong": {"scale": 6.0}, "nag": None, "nasa": {"phi": 0.4}}
     lines = quality.table(rows, chosen).splitlines()
     marked = [line for line in lines if "(chosen)" in line]
-    assert len(marked) == 2 and "| vsf | scale 2 (chosen)" in marked[0] and "| ong | scale 6 (chosen)" in marked[1]
+    assert [line.split("|")[2].strip() for line in marked] == ["vsf", "nasa", "ong"]
+    assert "| vsf | scale 2 (chosen)" in marked[0] and "| ong | scale 6 (chosen)" in marked[2]
 
 
 @pytest.mark.parametrize("family", sampling.FAMILIES)
@@ -60,6 +63,8 @@ def test_every_job_is_asked_for_once(family):
     for split in ("validation", "test"):
         jobs = [(job.method, tuple(job.settings.items())) for job in quality.all_jobs(family, split, quick=False)]
         assert len(jobs) == len(set(jobs))
+    tuned = {job.method for job in quality.all_jobs(family, "validation", quick=False)}
+    assert tuned == {"none", *quality.CHOSEN}
     assert quality.all_jobs(family, "test", quick=True)
 
 

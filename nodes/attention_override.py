@@ -1,7 +1,6 @@
 """Which attention call of a model is over text, and VSF in its place. The door is ``patched_options``."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -130,7 +129,8 @@ def _run_block(
         return made
 
     result = pass_here.made
-    result.clear()
+    if not torch.compiler.is_compiling():
+        result.clear()
     made = original(args) if previous is None else previous(args, {**extra, "original_block": original})
     if not pass_here.family.cross_attention:
         pass_here.text.leave_patches(block, given, pass_here.family.text_of(block[0], made))
@@ -207,20 +207,21 @@ def _cross_override(previous: Callable | None, func: Callable, *args: Any, **kwa
     if not block.enter(forward.run.paths, _way(forward, backend, mask, cross=True)):
         return host.join(host.black_box(q, *positive, mask))
     terms, method = forward.terms(block, host.queries, q.device), forward.method_on(q.device)
-    with _noted(block.attention_mass(host.queries, forward.rows), q.device) as mass:
-        out = attend_cross(method, backend, q, *positive, *negative, terms, mask, mass)
-    return host.join(forward.checked(out))
+    mass = block.attention_mass(host.queries, forward.rows)
+    there = _mass_on(mass, q.device)
+    out = attend_cross(method, backend, q, *positive, *negative, terms, mask, there)
+    return host.join(forward.checked(_noted(out, mass, there)))
 
 
-@contextmanager
-def _noted(mass: Tensor | None, device: torch.device) -> Iterator[Tensor | None]:
-    """Where an attention on ``device`` adds its mass: ``mass`` itself, or something that is added to it afterwards."""
-    if mass is None or mass.device == device:
-        yield mass
-        return
-    there = torch.zeros_like(mass, device=device)
-    yield there
-    mass += there.to(mass.device)
+def _mass_on(mass: Tensor | None, device: torch.device) -> Tensor | None:
+    """Where an attention on ``device`` adds its mass: ``mass`` itself, or something that ``_noted`` adds to it."""
+    return mass if mass is None or mass.device == device else torch.zeros_like(mass, device=device)
+
+
+def _noted(out: Tensor, mass: Tensor | None, there: Tensor | None) -> Tensor:
+    if mass is not None and there is not None and there is not mass:
+        mass += there.to(mass.device)
+    return out
 
 
 def _without(span: slice, x: Tensor, dim: int = 2) -> Tensor:
@@ -280,9 +281,9 @@ def _joint(host: HostAttention, layout: TokenLayout, block: BlockContext) -> Ten
     if ordinary:
         return host.join(backend.black_box(q, k, v, None if mask is None else aligned(mask)))
     terms, method = forward.terms(block, layout.image, q.device, seen=entered), forward.method_on(q.device)
-    with _noted(noted, q.device) as mass:
-        out = attend_joint(method, backend, q, k, v, layout, terms, mask, mass)
-    return host.join(forward.checked(out))
+    there = _mass_on(noted, q.device)
+    out = attend_joint(method, backend, q, k, v, layout, terms, mask, there)
+    return host.join(forward.checked(_noted(out, noted, there)))
 
 
 def _way(forward: ForwardContext, backend: AttentionBackend, mask: Tensor | None, cross: bool = False) -> str:

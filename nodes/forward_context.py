@@ -199,7 +199,7 @@ class ForwardContext:
         text, image, added = layout.positive + layout.negative, layout.image, self.text.added
         if text == self.text.expected - added:  # where text and picture are one stream, behind the text
             text, image = text + added, image - added
-        if image not in self.rows or text != self.text.expected:
+        if not any(image == count for count in self.rows) or text != self.text.expected:
             whole = " or ".join(map(str, sorted(self.rows)))
             raise spread(
                 f"a {block} block of this model attends from {layout.image} tokens of the picture and {text} of the "

@@ -31,6 +31,8 @@ def text_followed(options: dict, forward: ForwardContext) -> dict:
     around = wrappers.get(MODEL, {})
     forward.text.copies = not forward.run.reported and bool(forward.text.strangers or bracketed)
     options = {**options, "patches": {**patches, **bracketed}} if bracketed else options
+    if not around and forward.network is None:
+        return options
     ours = _model_begins(forward, [wrapper for some in around.values() for wrapper in some])
     return {**options, "wrappers": {**wrappers, MODEL: {"vsf_before": ours[:1], **around, "vsf_after": ours[1:]}}}
 

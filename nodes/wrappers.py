@@ -10,7 +10,6 @@
 is the run's (``run.py``); here is what ComfyUI hands over, and how it gets it back.
 """
 
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -145,13 +144,13 @@ class VSFPatch:
             batch = batch.padded(-batch.length % COMPILED_MULTIPLE)
         context, forward = self._joined(run, batch, model, latent, c_crossattn, transformer_options, kwargs)
         kwargs = self._grown(kwargs, batch, forward, c_crossattn)
-        options = patched_options(transformer_options, forward)
         diffusion_model = unwrapped(model.diffusion_model)
+        if not compiled:
+            forward.network, forward.whole = diffusion_model, (context,)
+        options = patched_options(transformer_options, forward)
         if compiled:
             options = blocks_told(options, forward)
-        alone = compiled_pass(forward.kind()) if compiled else nullcontext()
-        if not compiled:
-            forward.network, forward.whole, alone = diffusion_model, (context,), parts_told(forward, diffusion_model)
+        alone = compiled_pass(forward.kind()) if compiled else parts_told(forward, diffusion_model)
         with text_kept_apart(forward, diffusion_model, compiled), run.graphs_declined(diffusion_model), alone:
             result = executor(x, t, c_concat, context, control, options, **kwargs)
         run.verify(forward, compiled)

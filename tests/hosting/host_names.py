@@ -107,15 +107,10 @@ class Tree:
             for node in one.body:
                 if (isinstance(node, (*FUNCTIONS, ast.ClassDef)) and node.name == name) or name in bound(node):
                     return node
-            inner = (
-                node for method in one.body if instance and isinstance(method, FUNCTIONS) for node in ast.walk(method)
-            )
-            if any(isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store) and n.attr == name for n in inner):
-                return one
-            given = (node for method in one.body if isinstance(method, FUNCTIONS) for node in ast.walk(method))
-            if not instance and any(
-                ast.unparse(n) == f"{one.name}.{name}" for n in given if isinstance(n, ast.Attribute)
-            ):
+            inside = (n for method in one.body if isinstance(method, FUNCTIONS) for n in ast.walk(method))
+            owner = "self" if instance else one.name
+            set_there = (n for n in inside if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store))
+            if any(n.attr == name and isinstance(n.value, ast.Name) and n.value.id == owner for n in set_there):
                 return one
         return None
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .forward_context import ForwardContext
+from .recordings import unrecorded
 from .text_stream import TextStream
 
 
@@ -49,7 +50,9 @@ def begin_part(forward: ForwardContext, network: Any, x: Tensor | Sequence[Tenso
     here = slice(None) if rows in (1, count) else _place(forward, _first([x]) + (text,), rows)
     if forward.attention_mass is not None and count != forward.attention_mass.shape[1]:
         raise _cut(forward.attention_mass.shape[1], count, "VSF Record, which sees whole steps, cannot follow that")
-    stream = TextStream(forward.text.negative, forward.text.given, forward.text.known, forward.text.moved.device)
+    with unrecorded():
+        stream = TextStream(forward.text.negative, forward.text.given, forward.text.known, forward.text.moved.device)
+        reached = torch.zeros_like(forward.reached)
     stream.strangers, stream.copies = forward.text.strangers, forward.text.copies
     alpha, beta, nowhere = (_cut_rows(t, here) for t in (forward.alpha, forward.beta, forward.nowhere))
     part = replace(
@@ -60,7 +63,7 @@ def begin_part(forward: ForwardContext, network: Any, x: Tensor | Sequence[Tenso
         nowhere=beta if forward.nowhere is forward.beta else nowhere,
         padding=_cut_rows(forward.padding, here),
         padding_as_text=_cut_rows(forward.padding_as_text, here),
-        reached=torch.zeros_like(forward.reached),
+        reached=reached,
         calls=0,
         cached_keys=0,
         keys_before=None,

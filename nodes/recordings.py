@@ -6,7 +6,7 @@ does there would change with the step."""
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -37,11 +37,16 @@ def is_recording(device: torch.device) -> bool:
     return graph is not None and getattr(graph, "_comfy_active", True)
 
 
+def unrecorded() -> AbstractContextManager:
+    """While open, what is made may outlive its block, and the model's call."""
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    return getattr(_host(), "pause_malloc_graph", nullcontext)()
+
+
 def lasting_copy(t: Tensor) -> Tensor:
     """A copy that may outlive the block in which it is made."""
-    if torch.compiler.is_compiling():
-        return t.clone()
-    with getattr(_host(), "pause_malloc_graph", nullcontext)():
+    with unrecorded():
         return t.clone()
 
 

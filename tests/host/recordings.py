@@ -86,23 +86,29 @@ class AllocationRecorder(TorchDispatchMode):
 
         return marked
 
-    def _begin(self, *_: Any) -> None:
-        self._inside, self._block, self._all, self.blocks = True, [], [], 0
+    def _recorded(self, forward: Callable) -> Callable:
+        """The model's ``forward`` as ComfyUI's records itself: torch's hooks on it run outside."""
 
-    def _end(self, _model: Any, _given: Any, out: Any) -> None:
-        self._next()
-        self._inside = False
-        given_back = {leaf.untyped_storage()._cdata for leaf in tree_leaves(out) if isinstance(leaf, Tensor)}
-        self.left.append(sum(not made.expired() and made.cdata not in given_back for made in self._all))
+        def recorded(*given: Any, **named: Any) -> Any:
+            self._inside, self._block, self._all, self.blocks = True, [], [], 0
+            out = forward(*given, **named)
+            self._next()
+            self._inside = False
+            given_back = {leaf.untyped_storage()._cdata for leaf in tree_leaves(out) if isinstance(leaf, Tensor)}
+            self.left.append(sum(not made.expired() and made.cdata not in given_back for made in self._all))
+            return out
+
+        return recorded
 
     def __enter__(self) -> "AllocationRecorder":
-        self._handles = [self.model.register_forward_pre_hook(self._begin), self.model.register_forward_hook(self._end)]
-        self._handles += [block.register_forward_pre_hook(self._next) for block in self._modules]
+        self.model.forward = self._recorded(self.model.forward)
+        self._handles = [block.register_forward_pre_hook(self._next) for block in self._modules]
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        del self.model.forward
         for handle in self._handles:
             handle.remove()
 

@@ -88,12 +88,16 @@ def chain(prompt: Prompt, value: Any, name: str) -> list[tuple[str, dict[str, An
 
 
 def plain(text: str) -> Any:
-    """A saved workflow without counters that only grow, the order of nodes, and sizes that a renderer measures."""
+    """A saved workflow without counters that only grow, the order of nodes, sizes that a renderer measures, and the
+    types of slots, which the frontend's switches take on with the first link and lose with every undo."""
 
     def of(graph: dict[str, Any]) -> dict[str, Any]:
         kept = {
             key: value for key, value in graph.items() if not key.startswith("last_") and key not in ("state", "id")
         }
+        for node in graph["nodes"]:
+            for slot in (*(node.get("inputs") or ()), *(node.get("outputs") or ())):
+                slot.pop("type", None)
         nodes = sorted(
             ({k: v for k, v in n.items() if k not in ("order", "size")} for n in graph["nodes"]),
             key=lambda n: str(n["id"]),

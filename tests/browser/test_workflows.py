@@ -16,6 +16,16 @@ LOAD = """async (workflow) => {
 }"""
 
 
+MEET = """const meet = ([ax, ay, aw, ah], [bx, by, bw, bh]) =>
+        ax < bx + bw && bx < ax + aw && ay < by + bh && by < ay + ah;
+    return boxes.flatMap(([a, box], i) =>
+        boxes.slice(0, i).filter(([, other]) => meet(box, other)).map(([b]) => [a, b]));"""
+OVERLAPS = f"""() => {{ const boxes = app.graph.nodes.map(n =>
+    [n.type, [n.pos[0], n.pos[1] - 30, n.size[0], n.size[1] + 30]]); {MEET} }}"""
+OVERLAPS_OF_NODES_2 = f"""() => {{ const boxes = [...document.querySelectorAll("[data-node-id]")].map(e => {{
+    const r = e.getBoundingClientRect(); return [e.dataset.nodeId, [r.x, r.y, r.width, r.height]] }}); {MEET} }}"""
+
+
 @pytest.fixture(scope="module")
 def tab(server, new_page):
     """One page for all workflows: each takes the place of the one before."""
@@ -51,11 +61,23 @@ def test_opens_with_no_missing_node(tab, path, times, tmp_path_factory):
     assert {"VSFNegativeConditioning", "VSFModelPatch"} <= {n["type"] for n in nodes}
     assert values_lost(tab, workflow) == {}
     assert not [p for p in tab.problems if "vsf" in p.lower()]
+    assert tab.evaluate(OVERLAPS) == []
     tab.keyboard.press("Escape")  # a dialog about model files that are not here
     if times > 1:  # --long: a picture for a person to look at
         tab.evaluate("() => window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
         tab.wait_for_timeout(600)  # the view glides there
         tab.screenshot(path=str(tmp_path_factory.getbasetemp() / f"{path.stem}.png"))
+
+
+def test_nothing_is_over_another_in_nodes_2(page, times):
+    page.evaluate("() => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', true)")
+    for path in WORKFLOWS if times > 1 else WORKFLOWS[::5]:
+        load(page, path)
+        page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+        page.wait_for_timeout(1000)  # the view glides there
+        assert page.evaluate("() => document.querySelectorAll('[data-node-id]').length") > 8
+        assert page.evaluate(OVERLAPS_OF_NODES_2) == [], path.name
+    page.evaluate("() => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false)")
 
 
 @pytest.mark.skipif(not shipped.HAS_HISTORY, reason="not a git clone: no history to look into")

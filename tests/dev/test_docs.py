@@ -13,6 +13,7 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+from release.starts import start_of, starts
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMED = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -166,9 +167,7 @@ def nodes_of(workflow):
 
 def test_published_numbers_are_the_same_everywhere():
     """In the presets, their help page, docs/settings.md, the shipped workflows, and the benchmark's template."""
-    code = (ROOT / "js" / "presets.js").read_text(encoding="utf-8")
-    found = re.findall(r'^  (\w+): \{ scale: ([\d.]+), offset: ([\d.]+), layout: "(\w+)" \},$', code, re.MULTILINE)
-    presets = {name: (float(scale), float(offset), layout) for name, scale, offset, layout in found}
+    presets = {row["preset"]: (row["scale"], row["offset"], row["layout"]) for row in starts()}
     quality, schnell = presets["quality"], presets["schnellLow"]
     assert (quality, presets["strong"]) == ((3.3, 0.2, "released"), (3.8, 0.2, "released"))
     assert (schnell, presets["schnellHigh"]) == ((3.5, 0.0, "released"), (6.0, 0.0, "released"))
@@ -181,9 +180,21 @@ def test_published_numbers_are_the_same_everywhere():
         ("Harder", "harder"),
     ):
         scale, offset, layout = presets[name]
-        assert f"| {label} | {scale:g} | {offset:g} | {layout} |" in help_page
+        assert f"| {label} | {scale:g}, {offset:g} | {layout} |" in help_page
     assert "| 3.3, 0.2 | 3.3, 0.2, `layout` *released*: preset *Quality* |" in TEXTS["settings.md"]
     assert "| 3.5 to 6, `offset` 0, *released*, `extrapolation` 0: both Flux presets |" in TEXTS["settings.md"]
+
+    for workflow in (ROOT / "workflows").glob("*.json"):  # each begins where the table says
+        made = nodes_of(workflow)
+        files = [str(made[kind][0]) for kind in ("UNETLoader", "CheckpointLoaderSimple") if kind in made]
+        begin = start_of(*files)
+        scale, offset, _, _, _, layout, *_ = made["VSFModelPatch"]
+        if "tiny" not in workflow.name:
+            assert (scale, offset, layout) == (begin["scale"], begin["offset"], begin["layout"]), workflow.name
+    readme = TEXTS["README.md"].split("## Settings by model")[1].split("## ")[0]
+    for row in starts():
+        if row.get("files") or row["preset"] == "start":
+            assert f"| {row['scale']:g}, {row['offset']:g}" in readme, row
 
     of_sd35 = [*(ROOT / "workflows").glob("*sd35*.json"), *(ROOT / "subgraphs").glob("*.json")]
     edit = ROOT / "workflows" / "vsf_generate_then_edit_flux_kontext.json"  # SD3.5's picture beside an edit of it

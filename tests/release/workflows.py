@@ -6,11 +6,17 @@ Two a model: one picture, and the same picture at several scales. Their thumbnai
 from __future__ import annotations
 
 import json
+import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from release.spread import spread  # noqa: E402
+from release.starts import start_of  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 HUB = "https://huggingface.co/"
@@ -67,9 +73,6 @@ class Model:
     rate: float = 24.0
     latent: str = "EmptySD3LatentImage"
     cfg: float = 1.0
-    scale: float = 3.3
-    offset: float = 0.2
-    layout: str = "paper"
     scales: str = NEW_SCALES
     single: str = ""
     """Name of the workflow for one picture, where that is kept by hand."""
@@ -100,9 +103,6 @@ MODELS = (
         vae=File("ae.safetensors", "Comfy-Org/Lumina_Image_2.0_Repackaged/split_files/vae", "vae"),
         prompt="a grand piano on an empty stage, spotlight",
         negative="piano keys",
-        scale=3.5,
-        offset=0.0,
-        layout="released",
         scales="2, 3.5, 4, 5, 6",
         steps=8,
         sampler="euler",
@@ -128,8 +128,6 @@ MODELS = (
         latent="EmptyHunyuanLatentVideo",
         prompt="an astronaut hatching from an egg on the surface of the moon, the darkness of space behind",
         negative="stars in the sky",
-        scale=1.5,
-        offset=0.1,
         scales="0.5, 1, 1.5, 2",
         steps=8,
         sampler="uni_pc",
@@ -365,7 +363,7 @@ class Graph:
     def saved(self, groups: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         """The file's content; groups: title -> left, top, width and height."""
         look = {"color": "#3f789e", "font_size": 24, "flags": {}}
-        return {
+        made = {
             **{"id": str(uuid.uuid5(uuid.NAMESPACE_URL, self.name)), "revision": 0},
             **{"last_node_id": len(self.nodes), "last_link_id": len(self.links)},
             **{"nodes": self.nodes, "links": self.links},
@@ -375,6 +373,8 @@ class Graph:
             ],
             **{"config": {}, "extra": {"ds": {"scale": 0.8, "offset": [60, 60]}}, "version": 0.4},
         }
+        spread(made)
+        return made
 
 
 def workflows() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -412,7 +412,9 @@ def workflow(model: Model, name: str, is_sweep: bool) -> dict[str, Any]:
         look=RED,
     )
     groups["Prompt and negative"] = (410, -50, 440, 810 if model.cfg != 1 or model.guidance else 720)
-    values, inputs = (model.scale, model.offset, 0.0, 1.0, "", model.layout, True), {"model": patched}
+    begin = start_of(model.file.name)
+    values = (float(begin["scale"]), float(begin["offset"]), 0.0, 1.0, "", begin["layout"], True)
+    inputs = {"model": patched}
     patch = graph.add("VSFModelPatch", (880, 0), (320, 250), values, ["MODEL"], inputs=inputs, look=RED)
     patched, labels, x = (patch, 0), None, 1250
     if is_sweep:

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent / "tests"))
 
 from hosting import gpu as hosting_gpu
-from hosting import process
+from hosting import locks, process
 from hosting.errors import HostError
 from hosting.gpu_page import page
 from hosting.host import (
@@ -246,6 +246,12 @@ def release(options: argparse.Namespace) -> int:
     return process.run([str(host.python), "-m", "release.checklist", str(cache_folder())], env=env, cwd=str(ROOT))
 
 
+def lock(options: argparse.Namespace) -> int:
+    """Writes the lists of what the other commands install."""
+    locks.write(get_host(), options.upgrade)
+    return 0
+
+
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The command line; `test` and `bench` pass on what they don't know."""
     parser = argparse.ArgumentParser(prog="dev.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -270,6 +276,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     one.add_argument(
         "--bench-nodes", action="store_true", help="also the nodes of `bench neggen`: NAG, NASA, ablations"
     )
+    one = commands.add_parser("lock", help="write tests/locks/: versions and hashes of all that is installed")
+    one.add_argument("--upgrade", action="store_true", help="the newest versions that fit, not those listed already")
     commands.add_parser("release", help="the checklist after `test` and before a release; it publishes nothing")
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command not in ("test", "bench"):
@@ -286,7 +294,8 @@ def main(arguments: list[str] | None = None) -> int:
             return test(options, rest)
         if options.command == "bench":
             return bench(rest)
-        return {"setup": setup, "demo": demo, "gpu": gpu, "serve": serve, "release": release}[options.command](options)
+        others = {"setup": setup, "demo": demo, "gpu": gpu, "serve": serve, "release": release, "lock": lock}
+        return others[options.command](options)
     except HostError as error:
         print(f"dev.py: {error}", file=sys.stderr)
         return 1

@@ -5,32 +5,22 @@ import { app } from "../../scripts/app.js";
 import { onGraphChange } from "./changes.js";
 import { rootGraph } from "./graph.js";
 import { PATCH } from "./rules.js";
+import { STARTS } from "./starts.js";
 import { say } from "./words.js";
 
 const CUSTOM = "custom";
 
-/**
- * Published settings, with the layout that they were used with: of SD3.5 Large Turbo those of the paper, of the others
- * those of the authors' repository; and the paper's numbers in Listing 1, where they push harder. None could be measured
- * here on real weights.
- * @type {Record<string, {scale: number, offset: number, layout: string}>}
- */
-export const PRESETS = {
-  quality: { scale: 3.3, offset: 0.2, layout: "released" },
-  strong: { scale: 3.8, offset: 0.2, layout: "released" },
-  hard: { scale: 3.3, offset: 0.2, layout: "paper" },
-  harder: { scale: 3.8, offset: 0.2, layout: "paper" },
-  schnellLow: { scale: 3.5, offset: 0, layout: "released" },
-  schnellHigh: { scale: 6, offset: 0, layout: "released" },
-  wanLow: { scale: 0.8, offset: 0.2, layout: "paper" },
-  wanHigh: { scale: 1.9, offset: 0.1, layout: "paper" },
-};
+/** By name, from the table. */
+const PRESETS = new Map(STARTS.map((start) => [start.preset, start]));
 
 /**
  * What a preset sets: they are all of one method.
  * @param {string} name
  */
-const settingsOf = (name) => (name in PRESETS ? { method: "vsf", ...PRESETS[name] } : {});
+function settingsOf(name) {
+  const start = PRESETS.get(name);
+  return start ? { method: "vsf", scale: start.scale, offset: start.offset, layout: start.layout } : {};
+}
 
 /**
  * @param {GraphNode} node
@@ -43,7 +33,7 @@ const widgetOf = (node, name) => node.widgets?.find((w) => w.name === name);
  * @param {GraphNode} node
  */
 function presetOf(node) {
-  const names = Object.keys(PRESETS);
+  const names = [...PRESETS.keys()];
   /** @param {string} name */
   const isSet = (name) => Object.entries(settingsOf(name)).every(([key, value]) => widgetOf(node, key)?.value === value);
   return names.find(isSet) ?? CUSTOM;
@@ -73,15 +63,15 @@ function choose(node, name) {
 
 /** @param {string} name */
 function label(name) {
-  if (!(name in PRESETS)) return say("preset_custom");
-  const { scale, offset, layout } = PRESETS[name];
-  return `${say(`preset_${name}`)}: ${scale} / ${offset}, ${layout} (${say("untested")})`;
+  const start = PRESETS.get(name);
+  if (!start) return say("preset_custom");
+  return `${say(`preset_${name}`)}: ${start.scale} / ${start.offset}, ${start.layout} (${say(`from_${start.from}`)})`;
 }
 
 /** @param {GraphNode} node */
 function addPresets(node) {
   const preset = node.addWidget("combo", "preset", presetOf(node), (name) => choose(node, name), {
-    values: [...Object.keys(PRESETS), CUSTOM],
+    values: [...PRESETS.keys(), CUSTOM],
     getOptionLabel: (name) => label(name ?? CUSTOM),
     serialize: false, // not in the prompt
   });

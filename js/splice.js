@@ -1,115 +1,198 @@
-// "Add VSF to this workflow": puts VSF Model Patch and VSF Negative Conditioning between what a sampler gets and the
-// sampler, as one step to undo.
+// "Add VSF to this workflow": puts VSF Model Patch and VSF Negative Conditioning between what samplers get and them, as
+// one step to undo, and says in a sentence what was done or why not.
 
 import { app } from "../../scripts/app.js";
-import { comesFromOutside, places, rootGraph, sourceOf, upstream } from "./graph.js";
-import { NEGATIVE, PATCH, isSampler, samplerInputs } from "./rules.js";
+import { broadcaster, comesFromOutside, linkInto, places, rootGraph, sourceOf, upstream, ways } from "./graph.js";
+import { bringIntoView, placeNear } from "./layout.js";
+import { modelOf } from "./models.js";
+import { NEGATIVE, PATCH, gets, isSampler, samplerInputs } from "./rules.js";
 import { say } from "./words.js";
 
-const GAP = 40;
-const TITLE = 30;
-const GROWTH = 80; // Nodes 2.0 draws nodes taller than they say before they are drawn
-const LEAST_WIDTH = 340; // wide enough for the names of the presets
+const SHOWN_MS = 15000;
 
 /**
- * An input of a node, and the graph that both are in.
+ * What a sampler lacks, and the inputs to put it in front of.
  * @typedef {import("./graph.js").Place} Place
- * @typedef {{place: Place, index: number}} Consumer
+ * @typedef {import("./graph.js").Consumer} Consumer
+ * @typedef {import("./starts.js").Start} Start
+ * @typedef {{place: Place, patch: Consumer[], negative: Consumer[], encoder: Place | undefined, start: Start, unsure: string}} Lack
  */
 
+/** @type {(place: Place, name: string) => Consumer} */
+const inputOf = (place, name) => ({ place, index: place.node.inputs.findIndex((input) => input.name === name) });
+
+/** @param {GraphNode} node */
+const nameOf = (node) => node.title || node.type || node.comfyClass;
+
+/** @type {(place: Place, name: string, wanted: string) => boolean} */
+const passes = (place, name, wanted) => upstream(place, name).some(({ node }) => node.comfyClass === wanted);
+
 /**
- * Where a node of the shown graph runs; the first time, when its subgraph is used more than once.
- * @param {GraphNode} node
+ * What a sampler lacks, or the sentence that says why nothing can be added: both halves or none.
+ * @param {Place} place
+ * @returns {Lack | string}
  */
-function placeOf(node) {
-  return [...places(rootGraph(app))].find((place) => place.node === node);
+function lackOf(place) {
+  const { node } = place;
+  const inputs = samplerInputs(node);
+  const models = inputs.models.filter((name) => gets(place, name));
+  const positives = inputs.positives.filter((name) => gets(place, name));
+  const patch = models.filter((name) => !passes(place, name, PATCH));
+  const isNegative = positives.some((name) => passes(place, name, NEGATIVE));
+  if (models.length && !patch.length && isNegative) return say("allThere");
+  if (!models.length || !positives.length) return say("unlinked", { node: nameOf(node) });
+  const model = modelOf(place, models, positives[0]);
+  if (model.refusals.length) {
+    const [{ key, values }] = model.refusals;
+    return `${say(key, values)}. ${say(`${key}Fix`, values)}`;
+  }
+  const way = ways(place, positives[0]);
+  const encoder = way.find((one) => encodes(one.place)) ?? way.find((one) => clipOutput(one.place.node) >= 0);
+  const outside = encoder?.crossed.at(-1) ?? outermost(place, positives[0]);
+  return {
+    place,
+    patch: patch.map((name) => outermost(place, name)),
+    negative: isNegative ? [] : [outside],
+    encoder: encoder?.place,
+    start: model.start,
+    unsure: model.isKnown ? "" : (model.files[0] ?? nameOf(node)),
+  };
 }
 
 /**
- * The consumer to splice in front of: out of subgraphs, as long as what it gets comes from outside.
+ * The input to splice in front of: out of subgraphs, as long as what it gets comes from outside.
  * @type {(place: Place, name: string) => Consumer}
  */
 function outermost(place, name) {
-  let at = { place, index: place.node.inputs.findIndex((input) => input.name === name) };
+  let at = inputOf(place, name);
   for (;;) {
-    const link = linkInto(at);
+    const link = linkInto(at.place, at.index);
     const { outer } = at.place;
-    if (!link || !outer || !comesFromOutside(link) || outer.node.inputs[link.origin_slot]?.link == null) return at;
+    if (!link || !outer || !comesFromOutside(link) || !sourceOf(outer, link.origin_slot)) return at;
     at = { place: outer, index: link.origin_slot };
   }
 }
 
-/** @param {Consumer} consumer */
-function linkInto({ place, index }) {
-  const input = place.node.inputs[index];
-  return input?.link == null ? null : place.node.graph.getLink(input.link);
-}
-
-/** @type {(place: Place, name: string, wanted: string) => boolean} */
-function passes(place, name, wanted) {
-  return upstream(place, name).some(({ node }) => node.comfyClass === wanted);
-}
+/** @param {GraphNode} node */
+const clipInput = (node) => (node.inputs ?? []).findIndex((input) => input.type === "CLIP");
+/** @param {GraphNode} node */
+const clipOutput = (node) => (node.outputs ?? []).findIndex((output) => output.type === "CLIP");
+/** @param {Place} place */
+const encodes = ({ node, outer }) => clipOutput(node) < 0 && sourceOf({ node, outer }, clipInput(node)) !== null;
 
 /**
- * What a sampler lacks.
- * @param {GraphNode} node
+ * Adds what samplers lack, and tells. Those that get the same model or prompt share what is put behind it.
+ * @param {Place[]} samplers
  */
-function lacks(node) {
-  const place = placeOf(node);
-  if (!place) return null;
-  const { model, positives } = samplerInputs(node);
-  const patch = !passes(place, model, PATCH);
-  const negative = positives.length > 0 && !passes(place, positives[0], NEGATIVE);
-  return patch || negative ? { place, model, positive: positives[0], patch, negative } : null;
+function addTo(samplers) {
+  const found = samplers.map(lackOf);
+  const lacks = found.filter((one) => typeof one !== "string");
+  const reasons = new Set(found.filter((one) => typeof one === "string"));
+  const told = [...reasons].filter((one) => one !== say("allThere"));
+  if (!lacks.length) return tell(told.length ? told : [samplers.length ? say("allThere") : noSampler()], "warn");
+  const { added, isMissingClip } = insertAll(lacks);
+  const own = added.filter((node) => node.graph === app.canvas.graph);
+  if (own.length) {
+    app.canvas.selectItems(own);
+    bringIntoView(own);
+  }
+  const counts = [PATCH, NEGATIVE].map((type) => added.filter((node) => node.comfyClass === type).length);
+  const unsure = [...new Set(lacks.map((one) => one.unsure))].filter(Boolean).map((model) => say("unsure", { model }));
+  const done = say(own.length ? "added" : "addedInside", { patches: counts[0], negatives: counts[1] });
+  tell([done, ...(isMissingClip ? [say("noClip")] : []), ...unsure, ...told], isMissingClip || told.length ? "warn" : "info");
 }
 
+/** @type {(sentences: string[], severity: "info" | "warn") => void} */
+function tell(sentences, severity) {
+  app.extensionManager.toast.add({ severity, summary: "VSF", detail: sentences.join(" "), life: SHOWN_MS });
+}
+
+/** Why there is nothing to add to: what samples here is another pack's own, or nothing is. */
+function noSampler() {
+  const nodes = [...places(rootGraph(app))].map(({ node }) => node);
+  const other = nodes.find((node) => node.inputs?.some(isForeignModel) && node.outputs?.some(({ type }) => type === "LATENT"));
+  return other ? say("foreign", { node: nameOf(other) }) : say("noSampler");
+}
+
+const FOREIGN = /MODEL|PIPE/;
+const COMFYS = /^(UPSCALE_MODEL|STYLE_MODEL|MODEL_PATCH|LORA_MODEL|LATENT_UPSCALE_MODEL|MODEL)$/;
+/** @param {Slot} slot */
+const isForeignModel = ({ type }) => FOREIGN.test(String(type)) && !COMFYS.test(String(type));
+
 /**
- * Adds what samplers lack; those that share a positive share its negative too.
- * @param {GraphNode[]} nodes
+ * @param {Lack[]} lacks
  */
-function addTo(nodes) {
-  const wanted = nodes.map(lacks).filter((lack) => lack !== null);
-  if (!wanted.length) return;
-  let isMissingClip = false;
+function insertAll(lacks) {
   /** @type {GraphNode[]} */
   const added = [];
+  let isMissingClip = false;
+  const all = { patch: lacks.flatMap((one) => one.patch), negative: lacks.flatMap((one) => one.negative) };
+  /** @type {Set<string>} */
+  const done = new Set();
   app.canvas.emitBeforeChange();
   try {
-    for (const { place, model, positive, patch, negative } of wanted) {
-      // asked again, since what was added for a sampler before can serve this one too
-      if (patch && !passes(place, model, PATCH)) added.push(insert(outermost(place, model), PATCH, 0, nodes).node);
-      if (!negative || passes(place, positive, NEGATIVE)) continue;
-      const { node, at } = insert(outermost(place, positive), NEGATIVE, 1, nodes);
-      added.push(node);
-      isMissingClip = !connectClip(node, at) || isMissingClip;
+    for (const lack of lacks) {
+      for (const at of lack.patch) added.push(...insert(at, PATCH, all.patch, done).map((node) => begin(node, lack.start)));
+      for (const at of lack.negative) {
+        for (const node of insert(at, NEGATIVE, all.negative, done)) {
+          added.push(node);
+          isMissingClip = !connectClip(node, lack.encoder) || isMissingClip;
+        }
+      }
     }
   } finally {
     app.canvas.emitAfterChange();
   }
-  const own = added.filter((node) => node.graph === app.canvas.graph);
-  if (own.length) app.canvas.selectItems(own);
-  if (isMissingClip) app.extensionManager.toast.add({ severity: "warn", summary: "VSF", detail: say("noClip") });
+  return { added, isMissingClip };
+}
+
+/** @type {(node: GraphNode, start: Start) => GraphNode} */
+function begin(node, start) {
+  for (const [name, value] of Object.entries(start)) {
+    const widget = ["scale", "offset", "layout"].includes(name) && node.widgets?.find((w) => w.name === name);
+    if (!widget) continue;
+    widget.value = value;
+    widget.callback?.(value);
+  }
+  return node;
 }
 
 /**
- * A new node in front of a consumer, on what comes in there; the other samplers among `nodes` that get the same too.
+ * A new node in front of an input, on what comes in there, and of all `others` that get the same; none where one of
+ * them brought it already.
  * @param {Consumer} at
  * @param {string} type
- * @param {number} row
- * @param {GraphNode[]} nodes
+ * @param {Consumer[]} others
+ * @param {Set<string>} done
+ * @returns {GraphNode[]}
  */
-function insert(at, type, row, nodes) {
-  const { node: target } = at.place;
-  const { graph } = target;
-  const link = linkInto(at);
+function insert(at, type, others, done) {
+  if (done.has(keyOf(at))) return [];
+  const { graph } = at.place.node;
+  const link = linkInto(at.place, at.index);
+  const alike = others.filter((other) => other.place.node.graph === graph && isAlike(at, other));
   const node = window.LiteGraph.createNode(type);
   graph.add(node);
-  place(node, target, row);
+  placeNear(node, at.place.node);
   const slot = node.inputs.findIndex((input) => input.type === node.outputs[0].type);
   if (link) connectOrigin(graph, link, node, slot);
-  const alike = link ? siblings(nodes, link, node.outputs[0].type) : [];
-  for (const { node: other, index } of [...alike, { node: target, index: at.index }]) node.connect(0, other, index);
-  return { node, at: { ...at, place: { node, outer: at.place.outer }, index: slot } };
+  for (const { place, index } of alike) {
+    done.add(keyOf({ place, index }));
+    node.connect(0, place.node, index);
+  }
+  return [node];
+}
+
+/** @param {Consumer} at one input of a definition, however often it is used */
+const keyOf = ({ place: { node }, index }) => `${node.graph.id}:${node.id}:${index}`;
+
+/** @type {(a: Consumer, b: Consumer) => boolean} whether both get the same output, or broadcast */
+function isAlike(a, b) {
+  const [mine, theirs] = [a, b].map(({ place, index }) => linkInto(place, index));
+  if (mine && theirs) return mine.origin_id === theirs.origin_id && mine.origin_slot === theirs.origin_slot;
+  if (mine || theirs) return false;
+  const [from, other] = [a, b].map(({ place: { node }, index }) => broadcaster(node, node.inputs[index]));
+  return keyOf(a) === keyOf(b) || Boolean(from && other && from.node === other.node && from.index === other.index);
 }
 
 /**
@@ -123,87 +206,57 @@ function connectOrigin(graph, link, node, slot) {
 }
 
 /**
- * The samplers' inputs of a type that get the same output over a link of their own.
- * @param {GraphNode[]} nodes
- * @param {Link} link
- * @param {string} type
+ * Connects the CLIP that encodes the positive; false where it is not in this graph. A broadcast one comes by itself.
+ * @type {(node: GraphNode, encoder: Place | undefined) => boolean}
  */
-function siblings(nodes, link, type) {
-  return nodes.flatMap((node) => {
-    const { model, positives } = samplerInputs(node);
-    const names = type === "MODEL" ? [model] : positives;
-    const indices = names.map((name) => node.inputs.findIndex((input) => input.name === name));
-    const own = indices.map((index) => ({ index, link: linkInto({ place: { node, outer: null }, index }) }));
-    const equal = own.filter((one) => one.link?.origin_id === link.origin_id && one.link.origin_slot === link.origin_slot);
-    return equal.map(({ index }) => ({ node, index }));
-  });
-}
-
-/**
- * Connects the CLIP that encodes the positive; false where it is not in this graph.
- * @type {(node: GraphNode, at: Consumer) => boolean}
- */
-function connectClip(node, at) {
-  const encoder = upstream(at.place, "positive").find((place) => clipIndex(place.node) >= 0);
-  const graph = node.graph;
-  const clip = node.inputs.findIndex((input) => input.name === "clip");
+function connectClip(node, encoder) {
   if (!encoder) return false;
-  const link = encoder.node.graph === graph ? linkInto({ place: encoder, index: clipIndex(encoder.node) }) : null;
+  const { graph } = node;
+  const clip = clipInput(node);
+  const index = clipInput(encoder.node);
+  if (index < 0 && encoder.node.graph === graph) {
+    return Boolean(encoder.node.connect(clipOutput(encoder.node), node, clip));
+  }
+  const link = encoder.node.graph === graph ? linkInto(encoder, index) : null;
   if (link) return connectOrigin(graph, link, node, clip);
-  const source = sourceOf(encoder, clipIndex(encoder.node));
+  const source = sourceOf(encoder, index);
   if (source && "place" in source && source.place.node.graph === graph) {
-    return Boolean(source.place.node.connect(source.slot, node, clip));
+    return Boolean(broadcaster(node, node.inputs[clip]) ?? source.place.node.connect(source.slot, node, clip));
   }
   return false;
 }
 
-/** @param {GraphNode} node */
-const clipIndex = (node) => (node.inputs ?? []).findIndex((input) => input.type === "CLIP");
-
 /**
- * Left of the target, moved up until nothing is under it.
- * @type {(node: GraphNode, target: GraphNode, row: number) => void}
+ * Every sampler that runs in a graph or in subgraphs of it, or as `node`.
+ * @param {Graph | undefined} graph
+ * @param {GraphNode} [node]
  */
-function place(node, target, row) {
-  const [x, y] = target.pos;
-  node.setSize([Math.max(LEAST_WIDTH, node.size[0]), node.size[1]]);
-  const width = node.size[0];
-  const height = node.size[1] + GROWTH;
-  const others = target.graph.nodes.filter((other) => other !== node);
-  /** @param {number} top */
-  const covers = (top) =>
-    others.some(
-      ({ pos, size }) =>
-        pos[0] < node.pos[0] + width + GAP / 2 &&
-        node.pos[0] < pos[0] + size[0] + GAP / 2 &&
-        pos[1] - TITLE < top + height + GAP / 2 &&
-        top - TITLE < pos[1] + size[1] + GAP / 2,
-    );
-  let top = y + row * (TITLE + GAP);
-  node.pos = [x - width - GAP, top];
-  while (covers(top)) top -= GAP / 2;
-  node.pos = [x - width - GAP, top];
+function samplersIn(graph, node) {
+  /** @type {(place: Place | null) => boolean} */
+  const isInside = (place) => place !== null && ((node ? place.node === node : place.node.graph === graph) || isInside(place.outer));
+  return [...places(rootGraph(app))].filter((place) => isSampler(place.node) && isInside(place));
 }
 
-const samplersShown = () => (app.canvas.graph?.nodes ?? []).filter(isSampler);
+const addToShown = () => addTo(samplersIn(app.canvas.graph));
+
+/** @type {(graph: Graph | undefined) => boolean} whether anything here could be a sampler, be it another pack's */
+function samples(graph) {
+  return (graph?.nodes ?? []).some(
+    (node) => isSampler(node) || node.inputs?.some(isForeignModel) || (node.subgraph && samples(node.subgraph)),
+  );
+}
 
 app.registerExtension({
   name: "VSF.Splice",
   commands: [
-    {
-      id: "VSF.AddToWorkflow",
-      label: "Add VSF to this workflow",
-      icon: "pi pi-minus-circle",
-      function: () => addTo(samplersShown()),
-    },
+    { id: "VSF.AddToWorkflow", label: "Add VSF to this workflow", icon: "pi pi-minus-circle", function: addToShown },
   ],
   getNodeMenuItems(node) {
-    if (!isSampler(node)) return [];
-    return [{ content: say("add"), disabled: !lacks(node), callback: () => addTo([node]) }];
+    if (!isSampler(node) && !(node.subgraph && samples(node.subgraph))) return [];
+    const callback = () => addTo(samplersIn(undefined, node));
+    return [{ content: say("add"), disabled: false, callback }];
   },
   getCanvasMenuItems() {
-    const samplers = samplersShown();
-    if (!samplers.length) return [];
-    return [null, { content: say("add"), disabled: !samplers.some(lacks), callback: () => addTo(samplers) }];
+    return samples(app.canvas.graph) ? [null, { content: say("add"), disabled: false, callback: addToShown }] : [];
   },
 });

@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..vsf_core import LAYERS, AttentionRecord
-from .checks import one_of
+from .checks import limited
 from .drawing import heat_colors, laid_over
 from .graph_check import ancestors
 from .latent_map import latent_frames_of
@@ -71,6 +71,7 @@ class VSFAttentionMap(io.ComfyNode):
         )
 
     @classmethod
+    @limited
     def execute(
         cls,
         map: Holder,
@@ -80,9 +81,6 @@ class VSFAttentionMap(io.ComfyNode):
         opacity: float = 0.8,
         normalize: str = "shared",
     ) -> io.NodeOutput:
-        one_of("steps", steps, STEPS)
-        one_of("layers", layers, ("all", *LAYERS))
-        one_of("normalize", normalize, SCALES)
         record = cls._record(map)
         shown = list(range(record.steps)) if steps == "each" else [None]
         maps = torch.cat([_per_picture(record.mean(layers, step), image) for step in shown])

@@ -1,10 +1,12 @@
 """Which attention call of a model is over text, and VSF in its place. The door is ``patched_options``."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import comfy.ldm.modules.attention as comfy_attention
 import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
@@ -21,9 +23,11 @@ from ..vsf_core import (
 )
 from .blocks import Block
 from .compiled import run_block, unwrapped
-from .forward_context import BLOCK_KEY, FORWARD_KEY, BlockContext, ForwardContext, forward_of
+from .forward_context import BLOCK_KEY, FORWARD_KEY, BlockContext, ForwardContext, forward_of, spread
 from .host_attention import FORCE, OVERRIDE, HostAttention
 from .host_check import changed_host
+from .known_overrides import container_function
+from .sealed import Sealed, opened
 from .text_patches import text_followed
 
 
@@ -31,23 +35,34 @@ def patched_options(options: dict, forward: ForwardContext) -> dict:
     """A copy of ``transformer_options`` in which each block's patch is wrapped, so that we know where we are, and N is
     followed through the patches of others."""
     family = forward.family
-    options = text_followed({**options, FORWARD_KEY: forward}, forward)
+    options = text_followed({**options, FORWARD_KEY: Sealed(forward)}, forward)
     if family.cross_attention:  # for the whole forward: VACE's blocks run outside the block patches
-        options[OVERRIDE] = partial(_cross_override, options.get(OVERRIDE))
+        options[OVERRIDE] = _in_slot(options, _cross_override)
     elif family.block_hook is None:
         options.pop("block_index", None)
-        options[OVERRIDE] = partial(_unmarked_override, options.get(OVERRIDE))
+        options[OVERRIDE] = _in_slot(options, _unmarked_override)
     if family.block_hook == "attn2":  # the last one, next to the attention itself
         patches = options.get("patches", {})
         options["patches"] = {**patches, "attn2_patch": [*patches.get("attn2_patch", ()), _mark_block]}
     if family.block_hook != "dit":
         return options
     replace = options.get("patches_replace", {})
-    dit, result = dict(replace.get("dit", {})), {}
+    dit = dict(replace.get("dit", {}))
     for position, block in enumerate(forward.run.blocks):
         key = (f"{block[0]}_block", block[1])
-        dit[key] = partial(_run_block, block, position, dit.get(key), result)
+        is_last = position == len(forward.run.blocks) - 1
+        dit[key] = partial(_run_block, block, position, is_last, dit.get(key))
     return {**options, "patches_replace": {**replace, "dit": dit}}
+
+
+def _in_slot(options: Mapping[str, Any], override: Callable, *facts: Any) -> Callable:
+    """``override`` for the slot, before what these ``transformer_options`` have there. Where that, or ComfyUI's own
+    attention, takes containers (0.33), ours hands them on: their memory is free as early as without VSF."""
+    ours = partial(override, *facts, options.get(OVERRIDE))
+    usual = comfy_attention.optimized_attention
+    if container_function(options.get(OVERRIDE), usual) is not None:
+        ours.container_function = partial(ours, usual)  # pyright: ignore[reportAttributeAccessIssue]
+    return ours
 
 
 def blocks_told(options: dict, forward: ForwardContext) -> dict:
@@ -70,7 +85,7 @@ def _tell_blocks(forward: ForwardContext, executor: Any, *args: Any, **kwargs: A
 
     def told(position: int, _block: Any, given: tuple, named: dict) -> tuple[tuple, dict]:
         block = forward.run.blocks[position]
-        here = {BLOCK_KEY: forward.block(block, forward.reached[1, position], forward.note(position))}
+        here = {BLOCK_KEY: Sealed(forward.block(block, forward.reached[1, position], forward.note(position)))}
         return given, {**named, "transformer_options": {**named["transformer_options"], **here}}
 
     handles = [
@@ -86,14 +101,15 @@ def _tell_blocks(forward: ForwardContext, executor: Any, *args: Any, **kwargs: A
 
 
 def _run_block(
-    block: Block, position: int, previous: Callable | None, result: dict, args: dict, extra: Mapping
+    block: Block, position: int, is_last: bool, previous: Callable | None, args: dict, extra: Mapping
 ) -> dict:
     """An entry of ``patches_replace["dit"]``: the block with VSF's attention, inside whatever was there before.
 
-    ``result`` is returned from every block of a pass: ComfyUI's loop holds what a block returned while the next one
-    runs, which in Flux's first single block would be an image more than without patches.
+    One dict is returned from every block of a pass but the last: ComfyUI's loop holds what a block returned while the
+    next one runs, which in Flux's first single block would be an image more than without patches. Nothing that the
+    model made is kept when it ends: ComfyUI may record where it allocates (``recordings.py``).
     """
-    given, start = _enter_block(block, previous, args)
+    pass_here, given, start = _enter_block(block, previous, args)
 
     def original(inner: dict) -> dict:
         try:
@@ -109,37 +125,47 @@ def _run_block(
         forward.reached[0, position].add_(1)
         inner = {**inner, "transformer_options": {**options, **here}}
         made = run_block(stock, inner, block[0], here.get(OVERRIDE))
-        forward.text.leave_block(None if forward.family.cross_attention else forward.family.text_of(block[0], made))
+        if not is_last:
+            forward.text.leave_block(None if forward.family.cross_attention else forward.family.text_of(block[0], made))
         return made
 
+    result = pass_here.made
     result.clear()
     made = original(args) if previous is None else previous(args, {**extra, "original_block": original})
-    if torch.compiler.is_compiling():
+    if not pass_here.family.cross_attention:
+        pass_here.text.leave_patches(block, given, pass_here.family.text_of(block[0], made))
+    if torch.compiler.is_compiling() or is_last:
         return made
     result.update(made)
     return result
 
 
-def _enter_block(block: Block, previous: Callable | None, args: dict) -> tuple[Tensor, int]:
-    """The text that goes into a block, and then through the patch ``previous``; and N's first token in it."""
+def _enter_block(block: Block, previous: Callable | None, args: dict) -> tuple[ForwardContext, Tensor, int]:
+    """The pass at work; the text that goes into a block, and then through the patch ``previous``; N's first token."""
     try:
         forward = forward_of(args["transformer_options"])
         given = forward.family.text_of(block[0], args)
     except KeyError as missing:
         raise changed_host(f"{block[0]} blocks hand their patches no {missing}") from missing
     start = forward.text.enter_block(block, given, forward.family.tokens_before)
+    if forward.text.leading < 0:
+        raise spread(f"a {block[0]} block of this model gets {given.shape[1]} of {forward.text.given} tokens of text")
     if previous is not None:
         forward.text.hold(given)
-    return given, start
+    return forward, given, start
 
 
 def _inside(block: Block, position: int, forward: ForwardContext, args: dict, added: int) -> dict[str, Any]:
     """What a block's ``transformer_options`` gain: where the attention is and, of a joint one, which call it is."""
-    here: dict[str, Any] = {BLOCK_KEY: forward.block(block, forward.reached[1, position], forward.note(position))}
+    own = forward.block(block, forward.reached[1, position], forward.note(position))
+    here: dict[str, Any] = {BLOCK_KEY: Sealed(own)}
     if not forward.family.cross_attention:  # else the override is in force already
         forward.cached_keys = 0
-        layout = forward.family.layout(block[0], args, forward.tokens, forward.text.start, added)
-        here[OVERRIDE] = partial(_joint_override, layout, args["transformer_options"].get(OVERRIDE))
+        try:
+            layout = forward.family.layout(block[0], args, forward.tokens, forward.text.start, added)
+        except ValueError as error:  # less text than N has tokens, or no picture
+            raise spread(f"a {block[0]} block of this model gets {error}") from error
+        here[OVERRIDE] = _in_slot(args["transformer_options"], _joint_override, layout)
     return here
 
 
@@ -173,16 +199,28 @@ def _cross_override(previous: Callable | None, func: Callable, *args: Any, **kwa
     mask = None if host.mask is None else aligned(_without(n, host.mask, dim=-1))
     if is_other:  # that of sound
         return host.join(host.black_box(q, *positive, mask))
-    block: BlockContext | None = host.options.get(BLOCK_KEY)
+    block: BlockContext | None = opened(host.options, BLOCK_KEY)
     if block is None:
         block = forward.block_outside(host.options)
     forward.check_rows(q.shape[0])
-    backend = forward.backend.of(host)
+    backend = forward.attention_on(q.device).of(host)
     if not block.enter(forward.run.paths, _way(forward, backend, mask, cross=True)):
         return host.join(host.black_box(q, *positive, mask))
-    terms, mass = forward.terms(block, host.queries), block.attention_mass(host.queries, forward.rows)
-    out = attend_cross(forward.method, backend, q, *positive, *negative, terms, mask, mass)
+    terms, method = forward.terms(block, host.queries, q.device), forward.method_on(q.device)
+    with _noted(block.attention_mass(host.queries, forward.rows), q.device) as mass:
+        out = attend_cross(method, backend, q, *positive, *negative, terms, mask, mass)
     return host.join(forward.checked(out))
+
+
+@contextmanager
+def _noted(mass: Tensor | None, device: torch.device) -> Iterator[Tensor | None]:
+    """Where an attention on ``device`` adds its mass: ``mass`` itself, or something that is added to it afterwards."""
+    if mass is None or mass.device == device:
+        yield mass
+        return
+    there = torch.zeros_like(mass, device=device)
+    yield there
+    mass += there.to(mass.device)
 
 
 def _without(span: slice, x: Tensor, dim: int = 2) -> Tensor:
@@ -199,16 +237,19 @@ def _unmarked_override(previous: Callable | None, func: Callable, *args: Any, **
     text = forward.text.given
     if "block_index" not in host.options:
         return _kept_apart(host, forward) if host.keys == text else host.unchanged()
+    if host.keys <= text:
+        raise spread(f"an attention has {host.keys} keys, where the text alone has {text}")
     layout = TokenLayout(host.keys - text, text - forward.tokens, forward.tokens)
-    return _joint(host, layout, host.options.get(BLOCK_KEY) or forward.block_outside(host.options))
+    return _joint(host, layout, opened(host.options, BLOCK_KEY) or forward.block_outside(host.options))
 
 
 def _kept_apart(host: HostAttention, forward: ForwardContext) -> Tensor:
     """Attention of the text [N, P] to itself, as of two texts."""
     (q, k, v), n, padding = host.split(), forward.tokens, forward.padding
     # where all of N is padding it sees itself: nothing sees it
-    hidden = None if padding is None else padding_mask(unless_all(padding)[:, None, None], q.dtype)
-    own = forward.backend.masked(host)(q[:, :, :n], k[:, :, :n], v[:, :, :n], hidden)
+    padding = None if padding is None else unless_all(forward.at(padding, q.device))
+    hidden = None if padding is None else padding_mask(padding[:, None, None], q.dtype)
+    own = forward.attention_on(q.device).masked(host)(q[:, :, :n], k[:, :, :n], v[:, :, :n], hidden)
     rest = host.black_box(q[:, :, n:], k[:, :, n:], v[:, :, n:], host.mask)
     return host.join(torch.cat([own, rest], dim=2))
 
@@ -222,7 +263,7 @@ def _joint_override(
     layout = replace(layout, cached=forward.cached_keys)
     if host.queries != layout.length or host.keys != layout.keys:
         return host.unchanged()
-    return _joint(host, layout, host.options[BLOCK_KEY])
+    return _joint(host, layout, opened(host.options, BLOCK_KEY))
 
 
 def _joint(host: HostAttention, layout: TokenLayout, block: BlockContext) -> Tensor:
@@ -230,15 +271,18 @@ def _joint(host: HostAttention, layout: TokenLayout, block: BlockContext) -> Ten
     forward = forward_of(host.options)
     q, k, v = host.split()
     forward.check_rows(q.shape[0])
-    mask = _total_mask(host.mask, layout, block.kind, forward, q.dtype)
-    backend = forward.backend.of(host)
+    forward.check_tokens(layout, block.kind)
+    mask = _total_mask(host.mask, layout, block.kind, forward, q)
+    backend = forward.attention_on(q.device).of(host)
     ordinary = forward.released is not None and block.kind not in forward.released.kinds
     entered = block.enter(forward.run.paths, "ordinary text" if ordinary else _way(forward, backend, mask))
-    mass = block.attention_mass(layout.image, forward.rows)
+    noted = block.attention_mass(layout.image, forward.rows)
     if ordinary:
         return host.join(backend.black_box(q, k, v, None if mask is None else aligned(mask)))
-    terms = forward.terms(block, layout.image, seen=entered)
-    return host.join(forward.checked(attend_joint(forward.method, backend, q, k, v, layout, terms, mask, mass)))
+    terms, method = forward.terms(block, layout.image, q.device, seen=entered), forward.method_on(q.device)
+    with _noted(noted, q.device) as mass:
+        out = attend_joint(method, backend, q, k, v, layout, terms, mask, mass)
+    return host.join(forward.checked(out))
 
 
 def _way(forward: ForwardContext, backend: AttentionBackend, mask: Tensor | None, cross: bool = False) -> str:
@@ -250,7 +294,7 @@ def _way(forward: ForwardContext, backend: AttentionBackend, mask: Tensor | None
 
 
 def _total_mask(
-    mask: Tensor | None, layout: TokenLayout, kind: str, forward: ForwardContext, dtype: torch.dtype
+    mask: Tensor | None, layout: TokenLayout, kind: str, forward: ForwardContext, q: Tensor
 ) -> Tensor | None:
     """What besides VSF's own rules keeps queries from keys: additive [B or 1, 1, 1 or L, L] or None.
 
@@ -258,7 +302,7 @@ def _total_mask(
     the copy of it at the end of the text that was given.
     """
     if mask is not None:
-        mask = mask.reshape(-1, 1, *mask.shape[-2:]).to(dtype)
+        mask = mask.reshape(-1, 1, *mask.shape[-2:]).to(q.dtype)
     padding, released = forward.padding_as_text, forward.released
     if padding is None or released is None or (kind in released.kinds and not released.copy):
         return mask
@@ -269,6 +313,6 @@ def _total_mask(
             "Set layout to paper on VSF Model Patch, or remove that node."
         )
     start = layout.before if ordinary else layout.before + forward.text.given - forward.tokens
-    hidden = torch.zeros(padding.shape[0], 1, 1, layout.keys, device=padding.device, dtype=dtype)
-    hidden[:, 0, 0, start : start + forward.tokens] = padding_mask(padding, dtype)
+    hidden = torch.zeros(padding.shape[0], 1, 1, layout.keys, device=q.device, dtype=q.dtype)
+    hidden[:, 0, 0, start : start + forward.tokens] = padding_mask(forward.at(padding, q.device), q.dtype)
     return hidden if mask is None else mask + hidden

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import partial
-from threading import RLock
+from threading import RLock, get_ident
 from typing import Any
 
 import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
+
+from .recordings import check_not_captured
 
 WRAPPER_KEY = "torch.compile"
 """Under which ComfyUI, and other packs, add their wrappers."""
@@ -29,6 +31,11 @@ _one_pass = RLock()
 def unwrapped(module: Any) -> Any:
     """The module itself where torch.compile has wrapped it."""
     return getattr(module, "_orig_mod", module)
+
+
+def thread() -> int:
+    """Which thread this is; a graph cannot know."""
+    return 0 if torch.compiler.is_compiling() else get_ident()
 
 
 def will_compile(transformer_options: Mapping) -> bool:
@@ -72,7 +79,9 @@ def run_block(stock: Callable[[dict], dict], args: dict, *facts: Any) -> dict:
 def bind_graph() -> None:
     """To be called by what may run inside a graph and takes something for granted: the graph then fits no other
     ``_kind``. Raises ``RuntimeError`` in a graph of a model that did not look compiled."""
-    if _kind == "" and torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
+        check_not_captured()
+    elif _kind == "":
         raise RuntimeError(
             "VSF: torch.compile is at work on this model in a way that this version of ComfyUI-VSF does not know. "
             "Remove the node that compiles the model, or use ComfyUI's TorchCompileModel."

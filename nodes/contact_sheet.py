@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from . import checks
+from .checks import limited
 
 COLUMNS = 5
 """With ``columns`` 0, at most this many."""
@@ -43,19 +43,28 @@ class VSFContactSheet(io.ComfyNode):
                     optional=True,
                     tooltip="Pictures in a row. 0: all in one row, up to five.",
                 ),
+                io.Boolean.Input(
+                    "videos",
+                    default=False,
+                    optional=True,
+                    tooltip="Several pictures for each label: the frames of one video after the other. Labels of VSF "
+                    "Scale Sweep say so themselves.",
+                ),
             ],
             outputs=[io.Image.Output(tooltip="The sheet; for videos, its frames.")],
         )
 
     @classmethod
-    def execute(cls, images: Tensor, labels: str = "", columns: int = 0) -> io.NodeOutput:
-        columns = checks.whole_number("columns", columns, 0, MOST_COLUMNS)
-        lines = [_cut(line.strip()) for line in checks.words("labels", labels).splitlines() if line.strip()]
+    @limited
+    def execute(cls, images: Tensor, labels: str = "", columns: int = 0, videos: bool = False) -> io.NodeOutput:
+        lines = [_cut(line.strip()) for line in labels.splitlines() if line.strip()]
         lines = lines or [str(i + 1) for i in range(images.shape[0])]
-        if images.shape[0] % len(lines):
+        several, rest = divmod(images.shape[0], len(lines))
+        if rest or not several or (several > getattr(labels, "most", 1) and not videos):
             raise ValueError(
-                f"VSF: {images.shape[0]} pictures cannot be shared among {len(lines)} labels. Connect all pictures of "
-                "the run whose labels these are."
+                f"VSF: there are {images.shape[0]} pictures, but {len(lines)} labels. Connect all pictures of the run "
+                "whose labels these are, and no other's: batches of several machines, joined, need a sheet each. If "
+                "they are the frames of one video after the other, set videos to on."
             )
         pictures = images[..., :3].float().cpu().unflatten(0, (len(lines), -1))  # [labels, frames, H, W, 3]
         cells = [

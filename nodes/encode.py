@@ -112,9 +112,6 @@ def unmasked(tokens: Tensor, options: dict) -> Tensor:
 
 
 def _read(clip: Any, encoder: TextEncoder, text: str, empty: Tokens) -> ReadText:
-    for i, letter in enumerate(text):
-        if "\ud800" <= letter <= "\udfff":  # half of a pair, which every tokenizer refuses in its own way
-            raise ValueError(f"VSF: character {i + 1} of the text is not valid Unicode. Please delete it.")
     pieces, words, left_out, notes = pieces_of(text), {}, {}, {}
     padded = tokenized(clip, without_embeddings(text, pieces))  # with keys, too, that only some texts have
     tokens = dict(padded)

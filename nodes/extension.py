@@ -1,5 +1,7 @@
 """The pack's nodes, as ComfyUI asks for them."""
 
+import logging
+
 from comfy_api.latest import ComfyExtension, io
 
 from .attention_map import VSFAttentionMap
@@ -13,6 +15,8 @@ from .scale_sweep import VSFScaleSweep
 
 class VSFExtension(ComfyExtension):
     async def on_load(self) -> None:
+        # a level of its own: some nodes turn ComfyUI's log off while they sample (UltimateSDUpscale)
+        logging.getLogger(__package__).setLevel(logging.getLogger().level)
         watch_prompts()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

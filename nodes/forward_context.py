@@ -1,14 +1,15 @@
 """What the attention needs to know of one forward pass, and of one block in it."""
 
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from threading import Lock, get_ident
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..vsf_core import LAYERS, Method, NegativeTerms, beside_plain, layer_of
+from ..vsf_core import LAYERS, Method, NegativeTerms, TokenLayout, beside_plain, layer_of
 from .blocks import Block
 from .compiled import bind_graph, described
 from .families import Family, Released
@@ -19,6 +20,9 @@ from .text_stream import TextStream
 
 FORWARD_KEY = "vsf_forward"
 BLOCK_KEY = "vsf_block"
+PASSING = {"run", "text", "calls", "cached_keys", "keys_before", "backend_on", "made", "placed", "network", "whole"}
+PASSING |= {"parts", "by_thread", "thread", "lock"}
+"""Of a ``ForwardContext``, what no graph takes for granted."""
 
 
 class RunFacts(Protocol):
@@ -39,7 +43,16 @@ class RunFacts(Protocol):
 def forward_of(options: Mapping[str, Any]) -> "ForwardContext":
     """The context of the pass with these ``transformer_options``; a graph that asks fits passes of its kind alone."""
     bind_graph()
-    return options[FORWARD_KEY]
+    return options[FORWARD_KEY].value.here()
+
+
+def spread(found: str) -> RuntimeError:
+    """The error for an attention that has not all of a step's tokens."""
+    return RuntimeError(
+        f"VSF: {found}. Something spreads the picture over several GPUs (sequence parallelism, as Raylight's), or "
+        "another node adds or leaves out tokens: VSF would be wrong there. Turn that off; several GPUs of which each "
+        "makes pictures of its own are fine."
+    )
 
 
 @dataclass(eq=False)
@@ -67,6 +80,8 @@ class ForwardContext:
     padding_as_text: Tensor | None
     """bool [B, N]: which tokens of N, where the released layout shows it as ordinary text, are padding."""
     backend: Backend
+    backend_on: Callable[[torch.device], Backend]
+    """That for the blocks which another node has put on another device."""
     width: int | None
     """Channels of the picture's attention over text; None where nothing else attends to it."""
     rows: Mapping[int, slice]
@@ -90,6 +105,59 @@ class ForwardContext:
     """How many keys of references a patch has put behind those of the sequence, in the block at work."""
     keys_before: tuple[Tensor, Tensor, Tensor] | None = None
     """Its queries, keys and values as they went into the patches of others."""
+    made: dict = field(default_factory=dict)
+    """What the block before returned."""
+    placed: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict)
+    """Tensors of this pass on other devices, by their id."""
+    network: Any = None
+    """The network, where parts of a pass can be told apart (``parts.py``): not under torch.compile."""
+    whole: tuple[Tensor, ...] = ()
+    """What it was called with: latent, if that was seen, and text."""
+    parts: "list[ForwardContext]" = field(default_factory=list)
+    """What began since: each start of the network is one."""
+    by_thread: "dict[int, ForwardContext]" = field(default_factory=dict)
+    """That at work in each thread."""
+    thread: int = field(default_factory=get_ident)
+    lock: Any = field(default_factory=Lock)
+
+    def here(self) -> "ForwardContext":
+        """This pass, or the part of it that is at work in this thread."""
+        if torch.compiler.is_compiling():
+            return self
+        thread = get_ident()
+        if not self.parts and thread == self.thread:
+            return self
+        part = self.by_thread.get(thread)
+        if part is None:
+            raise RuntimeError(
+                "VSF: another node runs this model in threads of its own on copies of its network, perhaps one for "
+                f"each GPU (as ParallelAnything does), and on {self.family.title} VSF cannot tell which rows of the "
+                "batch are where. Remove that node, or VSF Model Patch."
+            )
+        return part
+
+    def collect(self) -> None:
+        """After the pass: its parts' counts are its own."""
+        for part in self.parts:
+            self.reached += part.reached
+            self.text.leading, self.text.begun = part.text.leading, len(self.parts)
+
+    def at(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """A ``tensor`` of this pass on ``device``, where it is put once a pass."""
+        if tensor.device == device:
+            return tensor
+        key = id(tensor), device
+        if key not in self.placed:
+            self.placed[key] = tensor.to(device)
+        return self.placed[key]
+
+    def method_on(self, device: torch.device) -> Method:
+        """The method with its numbers on ``device``."""
+        return self.method if device == self.largest.device else self.run.method(device)
+
+    def attention_on(self, device: torch.device) -> Backend:
+        """The attention for calls on ``device``."""
+        return self.backend if device == self.largest.device else self.backend_on(device)
 
     def block(self, block: Block, seen: Tensor, note: tuple[Tensor, Tensor] | None = None) -> "BlockContext":
         """What the attention inside a block gets to know of where it is; ``seen`` counts its calls."""
@@ -108,11 +176,12 @@ class ForwardContext:
         position = self.run.blocks.index(block)
         return self.block(block, self.reached[1, position], self.note(position))
 
-    def terms(self, block: "BlockContext", image: int, seen: bool = True) -> NegativeTerms:
-        """How ``image`` tokens see the negative in a block, or that they don't."""
+    def terms(self, block: "BlockContext", image: int, device: torch.device, seen: bool = True) -> NegativeTerms:
+        """How ``image`` tokens on ``device`` see the negative in a block, or that they don't."""
+        alpha, padding = self.at(self.alpha, device), None if self.padding is None else self.at(self.padding, device)
         if not seen:
-            return NegativeTerms(self.alpha, None, self.padding)
-        beta = block.beta
+            return NegativeTerms(alpha, None, padding)
+        beta = self.at(block.beta, device)
         if beta.shape[1] > 1:
             if image not in self.rows:
                 known = ", ".join(map(str, self.rows))
@@ -122,7 +191,20 @@ class ForwardContext:
                     "some of its tokens. Remove that node, or the mask."
                 )
             beta = beta[:, self.rows[image]]
-        return NegativeTerms(self.alpha, beta, self.padding)
+        return NegativeTerms(alpha, beta, padding)
+
+    def check_tokens(self, layout: TokenLayout, block: str) -> None:
+        """Raises ``RuntimeError`` where a joint attention of a block has not all of the picture and of the text: what
+        another node takes away to other GPUs comes back below this pack's attention, or not at all."""
+        text, image, added = layout.positive + layout.negative, layout.image, self.text.added
+        if text == self.text.expected - added:  # where text and picture are one stream, behind the text
+            text, image = text + added, image - added
+        if image not in self.rows or text != self.text.expected:
+            whole = " or ".join(map(str, sorted(self.rows)))
+            raise spread(
+                f"a {block} block of this model attends from {layout.image} tokens of the picture and {text} of the "
+                f"text, where this step has {whole} and {self.text.expected}"
+            )
 
     def check_rows(self, rows: int) -> None:
         """Raises ``RuntimeError`` where an attention over text is called with another batch than the pass has."""
@@ -139,7 +221,8 @@ class ForwardContext:
         """``out``, an attention's. In fp16 its largest value is noted: models cut off what is infinite, to a picture
         that is finite and wrong."""
         if out.dtype == torch.float16:
-            self.largest.copy_(torch.maximum(self.largest, torch.linalg.vector_norm(out, torch.inf)))
+            largest = self.largest if out.device == self.largest.device else self.run.largest(out.device)
+            largest.copy_(torch.maximum(largest, torch.linalg.vector_norm(out, torch.inf)))
         return out
 
     def note(self, position: int) -> tuple[Tensor, Tensor] | None:
@@ -175,7 +258,7 @@ class ForwardContext:
 
     def kind(self) -> str:
         """All that a graph compiled for this pass takes for granted and torch.compile does not guard: no values."""
-        text, passing = self.text, {"run", "text", "calls", "cached_keys", "keys_before"}
+        text, passing = self.text, PASSING
         told = self.family.block_hook == "dit" and (self.released is None or not self.released.copy)
         stream = text.negative, text.start, len(text.strangers), None if told else text.given  # else by the layout
         blocks = "".join(str(int(block in self.run.selected)) for block in self.run.blocks)
@@ -230,7 +313,7 @@ def make_forward_context(
     text: TextStream,
     taken: set[int],
     kept: Tensor | None,
-    backend: Backend,
+    backend_on: Callable[[torch.device], Backend],
     recorded: bool,
 ) -> ForwardContext:
     """The context of a pass on ``latent`` with ``conds``, to which ``batch`` was added; ``kept``: see
@@ -257,7 +340,8 @@ def make_forward_context(
         released=released,
         method=run.method(latent.device),
         padding_as_text=is_padding.expand(-1, batch.length) if released is not None and batch.has_padding else None,
-        backend=backend,
+        backend=backend_on(latent.device),
+        backend_on=backend_on,
         width=family.attention_width(diffusion_model),
         rows=_rows(family.grids(latent), before + own, after, filling),
         own=slice(before, before + own),

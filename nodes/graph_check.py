@@ -9,6 +9,14 @@ from .checks import shown
 
 log = logging.getLogger(__name__)
 
+UNMET = (
+    "VSF: the negative of node {} (VSF Negative Conditioning) meets no patched model and does nothing. Put VSF Model "
+    "Patch between the model loader and the sampler, behind nodes that merge models."
+)
+_PICTURES = frozenset({"LATENT", "IMAGE", "VIDEO"})
+_PLAIN = _PICTURES | {"MASK", "AUDIO", "SIGMAS", "CONDITIONING", "STRING", "INT", "FLOAT", "BOOLEAN", "COMBO"}
+"""Types of outputs that no model travels in."""
+
 
 def watch_prompts() -> None:
     """Look at every prompt as it is queued. Only looks: the prompt goes on as it came."""
@@ -21,10 +29,7 @@ def watch_prompts() -> None:
 def _on_prompt(json_data: dict) -> dict:
     prompt = json_data.get("prompt")
     for node_id in unmet_negatives(prompt) if isinstance(prompt, dict) else ():
-        log.warning(
-            f"VSF: the negative of node {shown(node_id)} (VSF Negative Conditioning) meets no patched model and does "
-            "nothing. Put VSF Model Patch between the model loader and the sampler, behind nodes that merge models."
-        )
+        log.warning(UNMET.format(shown(node_id)))
     return json_data
 
 
@@ -38,6 +43,29 @@ def unmet_negatives(prompt: dict) -> list[str]:
     fed_by_patch = _closure(_of_class(prompt, "VSFModelPatch"), consumers)
     met = _closure(fed_by_patch, sources)
     return [node for node in _of_class(prompt, "VSFNegativeConditioning") if node not in met]
+
+
+def model_takers(prompt: dict) -> dict[str, set[str]]:
+    """By the id of each VSFModelPatch node of an API-format prompt, the nodes at the ends of its model's way that make
+    pictures: those that take it, alone or in a guider or a pack's own bundle, and pass it on to none."""
+    passed_to: dict[str, set[str]] = {node: set() for node in prompt}
+    for node in prompt:
+        for source, slot in _sources(prompt, node):
+            if _output(prompt, source, slot) not in _PLAIN:
+                passed_to[source].add(node)
+    patches = _of_class(prompt, "VSFModelPatch")
+    ways = {patch: _closure([patch], passed_to) - {patch} for patch in patches}
+    return {patch: {node for node in way if _makes_pictures(prompt, node)} for patch, way in ways.items()}
+
+
+def is_output(prompt: dict, node: str) -> bool:
+    """Whether ComfyUI runs a node for its own sake, as it does those that save or show pictures."""
+    return node in prompt and bool(getattr(_class_of(prompt, node), "OUTPUT_NODE", False))
+
+
+def _makes_pictures(prompt: dict, node: str) -> bool:
+    kinds = {str(kind) for kind in getattr(_class_of(prompt, node), "RETURN_TYPES", ())}
+    return kinds <= _PLAIN and bool(kinds & _PICTURES)
 
 
 def ancestors(prompt: dict, node: str) -> set[str]:

@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..vsf_core import NAG, NASA, ONG, VSF, Method
-from .checks import finite_number
-from .negative import Negative, negatives_of, same_mask
+from .negative import Negative, same_mask
 
 
 class MethodChoice:
@@ -18,7 +17,7 @@ class MethodChoice:
     """Whether layout ``released`` means anything to it."""
 
     def core(self, inputs: Mapping[str, float]) -> Method:
-        """The arithmetic. Raises ``ValueError`` for an input that is no number."""
+        """The arithmetic."""
         return VSF()
 
     def alpha(self, scale: float) -> float:
@@ -29,8 +28,8 @@ class MethodChoice:
         """``negative`` with the tokens that the method takes of it."""
         return negative
 
-    def check(self, entries: Sequence[dict]) -> None:
-        """Raises ``ValueError`` for a conds entry whose negatives the method cannot take together."""
+    def check(self, groups: Sequence[Sequence[Negative]]) -> None:
+        """Raises ``ValueError`` where the method cannot take the negatives of an entry, one of ``groups``, together."""
 
 
 class _Guided(MethodChoice):
@@ -43,8 +42,8 @@ class _Guided(MethodChoice):
         """As published: N is a prompt like P, with its padding."""
         return negative if negative.padded is None else replace(negative, tokens=negative.padded, padded=None)
 
-    def check(self, entries: Sequence[dict]) -> None:
-        for negatives in map(negatives_of, entries):
+    def check(self, groups: Sequence[Sequence[Negative]]) -> None:
+        for negatives in groups:
             first = negatives[:1]
             if not all(
                 (n.strength, n.frames) == (one.strength, one.frames) and same_mask(n.mask, one.mask)
@@ -62,7 +61,7 @@ class _NAG(_Guided):
     scale_input = "nag_scale"
 
     def core(self, inputs: Mapping[str, float]) -> Method:
-        return NAG(*(finite_number(name, inputs[name]) for name in ("nag_alpha", "nag_tau")))
+        return NAG(inputs["nag_alpha"], inputs["nag_tau"])
 
     def alpha(self, scale: float) -> float:
         """phi, where people set 1 + phi."""

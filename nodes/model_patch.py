@@ -1,12 +1,15 @@
 """The node "VSF Model Patch"."""
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from .blocks import parse_blocks
-from .checks import finite_number, interval, one_of
+from .checks import interval, limited
 from .families import family_of
 from .methods import METHODS
 from .run import Settings
+from .watch import watch_prompt
 from .wrappers import LAYOUTS, VSFPatch
 
 
@@ -155,6 +158,13 @@ class VSFModelPatch(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> str:
+        """The same for ever: ComfyUI asks at the start of each prompt, cached nodes too."""
+        watch_prompt()
+        return ""
+
+    @classmethod
+    @limited
     def execute(
         cls,
         model: io.Model.Type,
@@ -172,19 +182,15 @@ class VSFModelPatch(io.ComfyNode):
         nasa_scale: float = 0.25,
         ong_scale: float = 3.0,
     ) -> io.NodeOutput:
-        scale, offset = finite_number("scale", scale), finite_number("offset", offset)
+        watch_prompt()
         start, end = interval("start_percent", start_percent, "end_percent", end_percent)
-        one_of("layout", layout, LAYOUTS)
-        one_of("method", method, list(METHODS))
         chosen, scales = METHODS[method], {"nag_scale": nag_scale, "nasa_scale": nasa_scale, "ong_scale": ong_scale}
-        scale = finite_number(chosen.scale_input, {"scale": scale, **scales}[chosen.scale_input])
+        scale = {"scale": scale, **scales}[chosen.scale_input]
         offset = offset if chosen.has_offset else 0.0
         arithmetic = chosen.core({"nag_alpha": nag_alpha, "nag_tau": nag_tau})
-        if model is None:
-            raise ValueError("VSF: model is None: the node before gave no model. Connect a model loader.")
         family = family_of(model)
         parse_blocks(blocks, family.block_counts(model.model.diffusion_model))
         patched = model.clone()
-        settings = Settings(scale, offset, start, end, blocks or "", layout, affect_references, chosen, arithmetic)
+        settings = Settings(scale, offset, start, end, blocks, layout, affect_references, chosen, arithmetic)
         VSFPatch(settings, family).install(patched)
         return io.NodeOutput(patched)

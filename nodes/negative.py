@@ -1,7 +1,11 @@
-"""A negative prompt in a CONDITIONING: what VSF Negative Conditioning puts there, and how it is found again."""
+"""A negative prompt in a CONDITIONING: what VSF Negative Conditioning puts there, and how it is found again.
+
+What travels is plain data: dicts, tensors, numbers and text. So it survives pickle, ``torch.save`` and a process that
+lacks this pack. ``attached`` and ``negatives_of`` are the only two that know its form.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -11,6 +15,9 @@ KEY = "vsf_negatives"
 """Key of our own in a CONDITIONING entry's dict; unpatched models never notice it. During a run of a patched model the
 same key in the entry's ``model_conds`` says whose negatives they are: ComfyUI copies a positive entry with an area into
 the uncond branch, dict and all, but leaves ``model_conds`` behind."""
+
+FORMAT = 1
+"""Of the plain data; another number for whatever an older version of this pack would read wrongly."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +30,8 @@ class Negative:
     pooled: [b, C'], the pooled embedding, which only the released pipeline of some families uses; extra: what else the
     encoder said of the text, by ComfyUI's names for it; padded: [b, m, C], the same text encoded as a prompt is, with
     its padding and template, for methods that take it so, None = as tokens.
+
+    Two that were read from the same data are equal.
     """
 
     tokens: Tensor
@@ -34,10 +43,41 @@ class Negative:
     extra: Mapping[str, Any] = field(default_factory=dict)
     padded: Tensor | None = None
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Negative) and self._identity() == other._identity()
 
-def negatives_of(entry: dict) -> tuple[Negative, ...]:
-    """The negatives that a CONDITIONING entry's dict carries."""
-    return entry.get(KEY, ())
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple:
+        own = (getattr(self, field.name) for field in fields(self))
+        return tuple(id(value) if isinstance(value, (Tensor, Mapping)) else value for value in own)
+
+
+def attached(options: Mapping[str, Any], negative: Negative) -> dict[str, Any]:
+    """The dict of a CONDITIONING entry, ``options``, with one negative more."""
+    plain = {field.name: getattr(negative, field.name) for field in fields(negative)}
+    return {**options, KEY: [*options.get(KEY, ()), {"format": FORMAT, **plain}]}
+
+
+def negatives_of(entry: Mapping[str, Any]) -> tuple[Negative, ...]:
+    """The negatives that a CONDITIONING entry's dict carries. Raises ``ValueError`` for another version's data."""
+    return tuple(map(_read, entry.get(KEY, ())))
+
+
+def _read(plain: Any) -> Negative:
+    made = plain.get("format") if isinstance(plain, Mapping) else None
+    names = {field.name for field in fields(Negative)}
+    if made != FORMAT or set(plain) != {"format", *names}:
+        what = (
+            f"in format {made!r}" if made != FORMAT else f"in which {sorted(names ^ (set(plain) - {'format'}))} differ"
+        )
+        raise ValueError(
+            f"VSF: a conditioning carries a negative {what}, and this version of ComfyUI-VSF reads format {FORMAT}. "
+            "Another version of ComfyUI-VSF made it, perhaps on another machine or in a file: use the same version in "
+            "both places, and run VSF Negative Conditioning again."
+        )
+    return Negative(**{name: plain[name] for name in names})
 
 
 def spans(negatives: Sequence[Negative]) -> Iterator[tuple[Negative, slice]]:

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import comfy.conds
 import comfy.utils
@@ -39,6 +40,8 @@ class NegativeBatch:
     """[b, m, (frames,) h, w], where a negative does not act everywhere: in latent size, cut by ComfyUI as areas are."""
     pooled: Tensor | None = None
     """[b, 1, C']: the negative's pooled embedding, NaN where an entry has none; only where the layout mixes it in."""
+    once: frozenset[str] = frozenset()
+    """Which of these are one row for all entries and pictures, so that any part of the batch may be run."""
 
     @classmethod
     def collate(
@@ -62,30 +65,36 @@ class NegativeBatch:
         same_beta = all(count_tokens(group) in (0, length) for group in groups)
         masked = any(_is_masked(n, latent_map, affect_references) for group in groups for n in group)
         same = same_beta and all(_act_alike(group, latent_map) for group in groups)
-        made = []
+        made: list[dict[str, Tensor]] = []
         for group in groups:
             beta = torch.full((1, 1, length), torch.inf)
             beta[..., : count_tokens(group)] = offset
-            mask = _mask(group, length, latent_map, view, len(latent_map.shape), affect_references) if masked else None
-            made.append(
-                cls(
-                    tokens=_tokens(group, length, width, latent_map, view, like),
-                    alpha=_alpha(group, length, alphas, latent_map, view).to(like.device),
-                    beta=(beta[..., :1] if same_beta else beta).to(like.device),
-                    has_padding=any(count_tokens(other) != length for other in groups),
-                    view=view,
-                    # no view of all: that would keep every token's mask in memory
-                    mask=None if mask is None else (mask[:, :1].clone() if same else mask).to(like.device),
-                    pooled=_pooled(group, groups).to(like)[:, None] if pooled else None,
-                )
-            )
-        return made
+            own = {
+                "alpha": _alpha(group, length, alphas, latent_map, view),
+                "beta": beta[..., :1] if same_beta else beta,
+            }
+            if masked:  # no view of all: that would keep every token's mask in memory
+                mask = _mask(group, length, latent_map, view, len(latent_map.shape), affect_references)
+                own["mask"] = mask[:, :1].clone() if same else mask
+            made.append(own)
+        once = frozenset(name for name in made[0] if _is_one_row([own[name] for own in made]))
+        made = [{name: t.to(like.device) for name, t in own.items()} for own in made]
+        made = [{**own, **{name: made[0][name] for name in once}} for own in made]
+        for group, own in zip(groups, made, strict=True):
+            own["tokens"] = _tokens(group, length, width, latent_map, view, like)
+            if pooled:
+                own["pooled"] = _pooled(group, groups).to(like)[:, None]
+        if all(group == groups[0] for group in groups) and made[0]["tokens"].shape[0] == 1:
+            made, once = [{**own, "tokens": made[0]["tokens"]} for own in made], once | {"tokens"}
+        has_padding = any(count_tokens(other) != length for other in groups)
+        return [cls(**own, has_padding=has_padding, view=view, once=once) for own in made]
 
     def to_conds(self) -> dict[str, comfy.conds.CONDRegular]:
         """What goes into ``model_conds``: ComfyUI repeats it to the batch, and stacks that of entries run as one."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         kinds = {"mask": comfy.conds.CONDNoiseShape, "has_padding": comfy.conds.CONDConstant}
         kinds["view"] = comfy.conds.CONDConstant
+        kinds |= {name: _OneMask if name == "mask" else _OneRow for name in values.pop("once")}
         return {
             PREFIX + name: kinds.get(name, comfy.conds.CONDRegular)(value)
             for name, value in values.items()
@@ -99,6 +108,16 @@ class NegativeBatch:
         ours = {key.removeprefix(PREFIX): kwargs.pop(key) for key in list(kwargs) if key.startswith(PREFIX)}
         names = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in ours.items() if name in names}) if "tokens" in ours else None
+
+    def check_rows(self, rows: int) -> None:
+        """Raises ``RuntimeError`` where the model is called with other ``rows`` of the batch than these."""
+        ours = (self.tokens, self.alpha, self.beta, self.mask, self.pooled)
+        if odd := {t.shape[0] for t in ours if t is not None} - {1, rows}:
+            raise RuntimeError(
+                f"VSF: another node calls the model with {rows} of the {max(odd)} rows of a step, so VSF cannot tell "
+                "whose negative is whose. It splits the batch, perhaps over several GPUs: remove it, or use cfg 1 and "
+                "one picture at a time."
+            )
 
     @property
     def length(self) -> int:
@@ -130,6 +149,28 @@ class NegativeBatch:
         positive += -positive % multiple  # the model goes on filling up P alone if N before it comes out even
         extra = next(e for e in itertools.count(-n % multiple, multiple) if positive + n + e not in taken)
         return self.padded(extra) if extra else self
+
+
+class _OneRow(comfy.conds.CONDRegular):
+    """One row, the very same for all that may share a batch."""
+
+    def process_cond(self, batch_size: int, **kwargs: Any) -> "_OneRow":
+        return super().process_cond(1, **kwargs)
+
+    def can_concat(self, other: Any) -> bool:
+        mine, theirs = self.cond, other.cond
+        return mine is theirs or (mine.data_ptr(), mine.shape) == (theirs.data_ptr(), theirs.shape)
+
+    def concat(self, others: Any) -> Tensor:
+        return self.cond
+
+
+class _OneMask(_OneRow, comfy.conds.CONDNoiseShape):
+    """The same of a mask, which ComfyUI cuts as it does areas."""
+
+
+def _is_one_row(tensors: Sequence[Tensor]) -> bool:
+    return tensors[0].shape[0] == 1 and all(torch.equal(tensors[0], t) for t in tensors[1:])
 
 
 def _is_masked(n: Negative, latent_map: LatentMap, affect_references: bool) -> bool:

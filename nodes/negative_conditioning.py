@@ -9,7 +9,8 @@ from comfy_api.latest import io, ui
 from . import checks
 from .encode import encode_negative, extra_of, scheduled_part, unmasked
 from .graph_check import reads_a_picture
-from .negative import KEY, Negative, negatives_of
+from .negative import Negative, attached
+from .watch import watch_prompt
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +96,13 @@ class VSFNegativeConditioning(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> str:
+        """The same for ever: ComfyUI asks at the start of each prompt, cached nodes too."""
+        watch_prompt()
+        return ""
+
+    @classmethod
+    @checks.limited
     def execute(
         cls,
         positive: io.Conditioning.Type,
@@ -107,13 +115,11 @@ class VSFNegativeConditioning(io.ComfyNode):
         from_frame: float = 0.0,
         to_frame: float = 1.0,
     ) -> io.NodeOutput:
-        positive = checks.conditioning("positive", positive)
-        strength = checks.finite_number("strength", strength)
-        extrapolation = checks.finite_number("extrapolation", extrapolation)
+        watch_prompt()
         frames = checks.interval("from_frame", from_frame, "to_frame", to_frame)
-        where = {"strength": strength, "mask": checks.mask(mask), "frames": frames}
-        has_text = bool(text and text.strip())
-        if negative is not None and _says_the_same(positive, checks.conditioning("negative", negative)):
+        where = {"strength": strength, "mask": mask, "frames": frames}
+        has_text = bool(text.strip())
+        if negative is not None and _says_the_same(positive, negative):
             log.warning(
                 "VSF: negative is the positive prompt itself, perhaps through a node that connects inputs by itself "
                 f"(Use Everywhere). {'It is not used: text is.' if has_text else 'The prompt pushes itself away!'}"
@@ -136,7 +142,7 @@ class VSFNegativeConditioning(io.ComfyNode):
                     f"VSF: negative comes from {reader}, which encodes a picture with its text: the picture would be "
                     "pushed away too. Disconnect negative and write the words into text: they are encoded alone."
                 )
-            return _as_given(positive, checks.conditioning("negative", negative), where)
+            return _as_given(positive, negative, where)
         return io.NodeOutput(positive, ui=ui.PreviewText("off: no negative"))
 
     @classmethod
@@ -161,7 +167,7 @@ def _from_text(positive: list, clip: Any, text: str, extrapolation: float, where
     for remark in read.remarks:
         log.warning(f"VSF: {remark}")
     if not encoded:  # invisible characters
-        log.warning("VSF: the text has no word that can be seen: the negative is off.")
+        checks.no_effect("VSF: the text has no word that can be seen: the negative is off.")
         return io.NodeOutput(positive, ui=ui.PreviewText("off: no word in the text"))
     made = {}
     for e in encoded:
@@ -193,7 +199,7 @@ def _attach(positive: list, made: dict[tuple[float, float] | None, Negative]) ->
                 "CLIP Hooks."
             )
         negative = made[part] if len(made) > 1 else next(iter(made.values()))
-        out.append([cond, {**options, KEY: (*negatives_of(options), negative)}])
+        out.append([cond, attached(options, negative)])
     return out
 
 

@@ -166,10 +166,14 @@ class Reader:
         ]
 
     def _check_marks(self, own: Iterable[tuple]) -> None:
-        ids = {token for token, *_ in own if isinstance(token, int)}
-        for mark, token in self.tokenizer.tokenizer.get_added_vocab().items():
-            if token in ids:
-                raise _mark_in_text(mark)
+        inner, ids = self.tokenizer.tokenizer, {token for token, *_ in own if isinstance(token, int)}
+        if hasattr(inner, "get_added_vocab"):
+            marks = [mark for mark, token in inner.get_added_vocab().items() if token in ids]
+        else:  # ComfyUI's own, from 0.31 on, leaves them out of what it writes
+            found = [inner.decode([token], skip_special_tokens=False) for token in ids if not inner.decode([token])]
+            marks = [mark for mark in found if mark]
+        if marks:
+            raise _mark_in_text(marks[0])
 
     def _usable(self, pieces: Sequence[Piece]) -> tuple[list[Piece], list[str]]:
         usable, said, unknown = [], [], []

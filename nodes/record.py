@@ -8,9 +8,11 @@ from comfy_execution.utils import ExecutionContext, get_executing_context
 from torch import Tensor
 
 from ..vsf_core import AttentionRecord
+from .checks import limited
 from .families import Family, family_of
 from .latent_map import LatentMap, View, first_latent
 from .negative import negatives_of
+from .sealed import Sealed
 from .wrappers import RECORD_KEY
 
 MapType = io.Custom("VSF_MAP")
@@ -92,7 +94,7 @@ class Holder:
         shape = latent.shape[0], frames, latent.shape[-2], latent.shape[-1]
         record.begin(shape, len(sigmas) - 1, self.family.patch_size)
         options = guider.model_options["transformer_options"]  # this run's own copy
-        options[RECORD_KEY] = Recorder(record, wanted, sigmas)
+        options[RECORD_KEY] = Sealed(Recorder(record, wanted, sigmas))
         try:
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:
@@ -170,6 +172,7 @@ class VSFRecord(io.ComfyNode):
         )
 
     @classmethod
+    @limited
     def execute(cls, model: io.Model.Type) -> io.NodeOutput:
         family = family_of(model)
         if len(family.grid_factors) > 1:

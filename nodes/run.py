@@ -3,6 +3,7 @@
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -13,17 +14,20 @@ from torch import Tensor
 
 from ..vsf_core import Method
 from .blocks import Block, all_blocks, parse_blocks
+from .checks import no_effect
 from .compiled import is_compiled, unwrapped
 from .families import Family, Released, check_network
 from .forward_context import ForwardContext
 from .host_attention import OVERRIDE, Backend, choose_backend
 from .host_check import changed_host
+from .known_overrides import log_preferred
 from .latent_map import LatentMap, View, first_latent
 from .methods import MethodChoice
 from .negative import KEY, Negative, count_tokens, negatives_of
 from .negative_batch import PREFIX, NegativeBatch
 from .reach import Reach
-from .run_check import check_negatives, warn_of_idle
+from .recordings import has_graphs, without_graphs
+from .run_check import check_negatives, check_pooled, warn_of_idle
 from .text_stream import Known
 from .tiles import check_tiles
 
@@ -97,6 +101,8 @@ class Run:
     missed: RuntimeError | None = None
     """Why a negative did not reach the blocks, in a step that a cache may have skipped."""
     reported: bool = False
+    declined: bool = False
+    """Whether CUDA graphs of ComfyUI's were there to be replayed."""
 
     # -- before the first step ----------------------------------------------------------------------------------------
 
@@ -124,10 +130,11 @@ class Run:
         own = [entry for _, entry in entries]
         check_tiles(own, latent_map)
         taken = cache(settings.method.taken)
-        for entry in own:
-            entry[KEY] = tuple(map(taken, negatives_of(entry)))
-        check_negatives(family, settings.mixes_pooled(family), own, diffusion_model, latent_map, dtype)
-        settings.method.check(own)
+        groups = [tuple(map(taken, negatives_of(entry))) for entry in own]
+        check_negatives(family, [n for group in groups for n in group], diffusion_model, latent_map, dtype)
+        if settings.mixes_pooled(family):  # last: a negative of another encoder has a wrong one too
+            check_pooled(groups, [entry.get("pooled_output") for entry in own], dtype)
+        settings.method.check(groups)
         counts = family.block_counts(diffusion_model)
         blocks, selected = tuple(sorted(all_blocks(counts))), parse_blocks(settings.blocks, counts)
         run = cls(
@@ -138,13 +145,13 @@ class Run:
             scales=_scales(options, settings.scale, latent_map.batch),
             latent_map=latent_map,
             dtype=dtype,
-            tokens=max(count_tokens(negatives_of(entry)) for entry in own),
+            tokens=max(map(count_tokens, groups)),
             head_dim=family.head_dim(diffusion_model),
             reach=Reach(family, blocks, selected, diffusion_model),
         )
-        warn_of_idle(settings, run.scales, own, latent_map)
-        for entry in own:
-            entry["model_conds"] = {**entry["model_conds"], KEY: _Carried(negatives_of(entry))}
+        warn_of_idle(settings, run.scales, [n for group in groups for n in group], latent_map)
+        for entry, group in zip(own, groups, strict=True):
+            entry["model_conds"] = {**entry["model_conds"], KEY: _Carried(group)}
         return run
 
     # -- a step -------------------------------------------------------------------------------------------------------
@@ -258,21 +265,32 @@ class Run:
             self.kept[key] = self.family.kept_tokens(latent, conds)
         return self.kept[key]
 
-    def backend(self, options: Mapping[str, Any], device: torch.device, model: Any, keys: int) -> Backend:
+    def backend(self, options: Mapping[str, Any], device: torch.device, *, model: Any, keys: int) -> Backend:
         """Chosen once a run for each override that it meets, on each device. ``keys``: the most that an attention over
         text has."""
         key = options.get(OVERRIDE), device
         if key not in self.backends:
             chosen = choose_backend(options, device, model.get_dtype_inference(), self.head_dim, keys)
-            warned = any(backend.replaced for backend in self.backends.values())
+            joint = not self.family.cross_attention
+            if not self.backends and key[0] is None:
+                log_preferred(model.diffusion_model)
+            said = {backend.warning(joint) for backend in self.backends.values()}
             self.backends[key] = chosen
-            if chosen.replaced and not warned:  # some nodes make an override for every call
-                log.warning(
-                    f"VSF: the attention in use ({chosen.ignores_mask}) ignores or refuses masks and returns no "
-                    "log-sum-exp, so VSF would not be exact on it. Where the image attends to text, PyTorch's runs "
-                    "instead."
-                )
+            if chosen.warning(joint) not in {None, *said}:  # some nodes make an override for every call
+                log.warning(chosen.warning(joint))
         return self.backends[key]
+
+    def graphs_declined(self, diffusion_model: Any) -> AbstractContextManager:
+        """While open, ComfyUI replays no CUDA graphs of this model's blocks; said once a run."""
+        if not has_graphs(diffusion_model):
+            return nullcontext()
+        if not self.declined:
+            self.declined = True
+            log.warning(
+                "VSF: ComfyUI would replay CUDA graphs of this model's blocks, in which the negative would not change "
+                "with the step. Steps with a negative run without them, and may be slower."
+            )
+        return without_graphs(diffusion_model)
 
     def verify(self, forward: ForwardContext, compiled: bool) -> None:
         """After a forward pass: fail if the negative reached nothing, and say once a run what is going on.
@@ -296,8 +314,9 @@ class Run:
             raise RuntimeError(
                 f"VSF: {missed[0][0]} block {missed[0][1]} ran without the attention call over text that VSF expects "
                 "there, so the negative had no effect. This ComfyUI, or another node, computes this block's attention "
-                "in a way that this version of ComfyUI-VSF does not know; or torch.compile took a graph that it made "
-                "without VSF, as an old PyTorch may: remove the node that compiles. Otherwise please report it."
+                "in a way that this version of ComfyUI-VSF does not know; or something spreads the picture over "
+                "several GPUs (sequence parallelism, as Raylight's): turn that off; or torch.compile took a graph that "
+                "it made without VSF, as an old PyTorch may: remove the node that compiles. Otherwise please report it."
             )
         self.reach.note(ran, reached, forward.attention_mass is not None, forward.text.leading)
         if not self.reported:
@@ -329,7 +348,7 @@ class Run:
         if not self.reported:
             if self.missed is not None:
                 raise self.missed
-            log.warning(
+            no_effect(
                 f"VSF: no step of this run fell inside start_percent {s.start:g} to end_percent {s.end:g} with a "
                 "negative active: the picture is stock ComfyUI's."
             )
@@ -360,12 +379,12 @@ def _are_used(entries: list[tuple[str, dict]]) -> bool:
     """Whether any of the conds' (branch, entry) has a negative; a warning where that is none, or has no effect."""
     branches = [branch for branch, entry in entries if count_tokens(negatives_of(entry))]
     if not branches:
-        log.warning(
+        no_effect(
             "VSF: this model is patched, but no conditioning carries a negative: the picture is stock ComfyUI's. "
             "Put VSF Negative Conditioning (with some text) between the prompt and the sampler's positive input."
         )
     elif set(branches) == {"negative"}:
-        log.warning(
+        no_effect(
             "VSF: the negative is attached to the sampler's negative input only. At cfg 1 that input is not used "
             "at all. Attach VSF Negative Conditioning to the positive."
         )

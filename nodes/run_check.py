@@ -1,19 +1,16 @@
 """What a run was given, checked before its first step."""
 
-import logging
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import module_of
+from .checks import module_of, no_effect
 from .compiled import unwrapped
 from .families import Family
 from .latent_map import LatentMap, in_frames
-from .negative import Negative, negatives_of
-
-log = logging.getLogger(__name__)
+from .negative import Negative
 
 NO_EFFECT = 60
 """From this offset on the negative has practically no effect (layout paper)."""
@@ -38,19 +35,16 @@ def check_guider(guider: Any) -> None:
 
 def check_negatives(
     family: Family,
-    mixes_pooled: bool,
-    entries: Sequence[dict],
+    negatives: Sequence[Negative],
     diffusion_model: Any,
     latent_map: LatentMap,
     dtype: torch.dtype,
 ) -> None:
-    """Raises ``ValueError`` for a negative among the conds ``entries`` that this model cannot take.
+    """Raises ``ValueError`` for one of the ``negatives`` that this model cannot take.
 
-    ``latent_map``: what will be sampled; ``dtype``: in which the model computes; ``mixes_pooled``: whether the layout
-    mixes the negative's pooled embedding into the positive's.
-    """
+    ``latent_map``: what will be sampled; ``dtype``: in which the model computes."""
     widths = family.negative_widths(diffusion_model)
-    for negative in (n for entry in entries for n in negatives_of(entry)):
+    for negative in negatives:
         _check_embedding(negative, family, widths, dtype)
         if latent_map.is_video and not any(in_frames(negative.frames, latent_map.frames)):
             raise ValueError(
@@ -60,16 +54,14 @@ def check_negatives(
         _check_batch("embedding", negative.tokens, latent_map.batch)
         if negative.mask is not None and not latent_map.is_video:  # in a video, the mask's pictures are frames
             _check_batch("mask", negative.mask, latent_map.batch)
-    if mixes_pooled:  # last: a negative of another encoder has a wrong one too
-        _check_pooled(entries, dtype)
 
 
-def warn_of_idle(settings: Any, scales: Sequence[float], entries: Sequence[dict], latent_map: LatentMap) -> None:
+def warn_of_idle(settings: Any, scales: Sequence[float], negatives: Sequence[Negative], latent_map: LatentMap) -> None:
     """A warning for what makes a negative do nothing in the run to come, though nothing is wrong with it. ``settings``:
     those of VSF Model Patch (``run.Settings``)."""
-    negatives = list(dict.fromkeys(n for entry in entries for n in negatives_of(entry)))
+    negatives = list(dict.fromkeys(negatives))
     if black := sum(map(latent_map.is_nowhere, negatives)):
-        log.warning(
+        no_effect(
             f"VSF: the mask of {black} of {len(negatives)} negatives is black wherever it acts, so it does nothing to "
             "the picture. White is where it acts; LoadImage's mask is black where a picture has no transparency."
         )
@@ -79,9 +71,9 @@ def warn_of_idle(settings: Any, scales: Sequence[float], entries: Sequence[dict]
         off += [] if any(n.strength for n in negatives) else ["strength"]
         off += [] if float(numbers.get("alpha", 1)) else ["nag_alpha"]
         if off:
-            log.warning(f"VSF: method {method.name} does nothing at this {' and '.join(off)}: raise it.")
+            no_effect(f"VSF: method {method.name} does nothing at this {' and '.join(off)}: raise it.")
     elif settings.layout == "paper" and settings.offset >= NO_EFFECT:
-        log.warning(f"VSF: an offset of {settings.offset:g} leaves the negative practically no effect. Try 0 to 2.")
+        no_effect(f"VSF: an offset of {settings.offset:g} leaves the negative practically no effect. Try 0 to 2.")
 
 
 def _check_embedding(negative: Negative, family: Family, widths: Collection[int], dtype: torch.dtype) -> None:
@@ -104,9 +96,11 @@ def _check_embedding(negative: Negative, family: Family, widths: Collection[int]
         )
 
 
-def _check_pooled(entries: Sequence[dict], dtype: torch.dtype) -> None:
+def check_pooled(groups: Sequence[Sequence[Negative]], positives: Sequence[Tensor | None], dtype: torch.dtype) -> None:
+    """Raises ``ValueError`` where the layout cannot mix the pooled embedding of an entry's negatives, one of the
+    ``groups``, into that of its positive."""
     mixes = "VSF: layout released mixes the negative's pooled embedding into the positive's here"
-    for negatives, pooled in ((negatives_of(entry), entry.get("pooled_output")) for entry in entries):
+    for negatives, pooled in zip(groups, positives, strict=True):
         if not negatives:
             continue
         given = negatives[0].pooled

@@ -4,12 +4,28 @@ import comfy.patcher_extension
 from comfy.nested_tensor import NestedTensor
 from comfy_api.latest import io
 
-from .checks import finite_number, words
+from .checks import finite_number, limited
 from .run import SCALES_KEY
 from .wrappers import WRAPPER_KEY
 
 MOST = 256
 """Scales in one run."""
+
+
+LONGEST_FRAME = 8
+"""Frames of a video in one latent frame, of LTX-Video's VAE; all others have fewer."""
+
+
+class Labels(str):
+    """A line for each scale. ``most``: how many decoded pictures each can have; more of them are several runs'."""
+
+    most: int
+
+    @classmethod
+    def of(cls, values: tuple[float, ...], latent_frames: int) -> "Labels":
+        made = cls("\n".join(f"scale {value:g}" for value in values))
+        made.most = 1 + LONGEST_FRAME * (latent_frames - 1)
+        return made
 
 
 class VSFScaleSweep(io.ComfyNode):
@@ -41,6 +57,7 @@ class VSFScaleSweep(io.ComfyNode):
         )
 
     @classmethod
+    @limited
     def execute(cls, model: io.Model.Type, latent: dict, scales: str = "0, 1, 2, 3, 4") -> io.NodeOutput:
         if not model.get_wrappers(comfy.patcher_extension.WrappersMP.CALC_COND_BATCH, WRAPPER_KEY):
             raise ValueError(
@@ -60,12 +77,13 @@ class VSFScaleSweep(io.ComfyNode):
         parts = [s.repeat(len(values), *(1,) * (s.ndim - 1)) for s in (samples.unbind() if packed else [samples])]
         repeated = NestedTensor(parts) if packed else parts[0]
         copies = {**latent, "samples": repeated, "batch_index": [place] * len(values)}
-        return io.NodeOutput(swept, copies, "\n".join(f"scale {value:g}" for value in values))
+        frames = parts[0].shape[2] if parts[0].ndim == 5 else 1
+        return io.NodeOutput(swept, copies, Labels.of(values, frames))
 
 
 def _parsed(text: str) -> tuple[float, ...]:
     """The numbers of a comma-separated text. Raises ``ValueError`` that names what is none."""
-    items = [part.strip() for part in words("scales", text).split(",")]
+    items = [part.strip() for part in text.split(",")]
     if len(items) > MOST:
         raise ValueError(f"VSF: scales has {len(items)} numbers, but one run takes {MOST} at most. Give it fewer.")
     values = tuple(finite_number("each of scales, between commas,", item) for item in items if item)

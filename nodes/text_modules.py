@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..vsf_core import padding_mask, unless_all
+from .compiled import thread
 from .families import Family
 from .forward_context import ForwardContext, forward_of
 from .host_check import changed_host
@@ -25,15 +26,17 @@ def text_kept_apart(forward: ForwardContext, diffusion_model: Any, compiled: boo
 def _positions(forward: ForwardContext, diffusion_model: Any, compiled: bool) -> Iterator[None]:
     """While open, N shifts no rotary position. ComfyUI has no hook for those: torch's own is on the module that
     makes them, for the length of one call."""
-    family, text = forward.family, forward.text
+    family = forward.family
     name = family.rope_module(diffusion_model)
     if name is None:
         yield
         return
-    seen, counts = [], (forward.tokens, forward.real_tokens(), text.given)
+    seen, real = [], forward.real_tokens()
 
     def place(_: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         seen.append(True)
+        here = forward.here()
+        text, counts = here.text, (here.tokens, real if here is forward else here.real_tokens(), here.text.given)
         if not text.in_one_piece:
             raise RuntimeError(
                 "VSF: a patch of another node has put tokens between the negative and the prompt, and this model "
@@ -58,18 +61,18 @@ def _refined(family: Family, diffusion_model: Any) -> Iterator[None]:
     if name is None:
         yield
         return
-    refined = []
+    refined: dict[int, Tensor] = {}
 
     def without_n(module: Any, given: tuple, options: dict) -> tuple[tuple, dict]:
         forward = forward_of(options["transformer_options"])
         text, timesteps, mask = given
         n, text = text[:, : forward.tokens], text[:, forward.tokens :]
         n, hidden = _without_padding(n, forward.padding)
-        refined.append(module.forward(n, timesteps, hidden, **options))
+        refined[thread()] = module.forward(n, timesteps, hidden, **options)
         return (text, timesteps, None if mask is None else mask[:, forward.tokens :]), options
 
     def with_n(_module: Any, _given: tuple, _options: dict, text: Tensor) -> Tensor:
-        return torch.cat([refined.pop(), text], dim=1)
+        return torch.cat([refined.pop(thread()), text], dim=1)
 
     module = getattr(diffusion_model, name)
     handles = [

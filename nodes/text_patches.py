@@ -8,8 +8,10 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from .compiled import thread
 from .families import Family
-from .forward_context import ForwardContext
+from .forward_context import FORWARD_KEY, ForwardContext
+from .parts import begin_part
 from .text_stream import lost
 
 MODEL = WrappersMP.DIFFUSION_MODEL
@@ -21,7 +23,7 @@ def text_followed(options: dict, forward: ForwardContext) -> dict:
     patches, replaced = options.get("patches", {}), options.get("patches_replace", {}).get("dit", {})
     forward.text.strangers = (*replaced.values(), *patches.get("double_block", ()))
     bracketed = {
-        name: [partial(before, forward), *patches[name], partial(after, forward, patches[name])]
+        name: [partial(_here, before, forward), *patches[name], partial(_here, after, forward, patches[name])]
         for name, (before, after) in _brackets(forward.family).items()
         if patches.get(name)
     }
@@ -29,30 +31,47 @@ def text_followed(options: dict, forward: ForwardContext) -> dict:
     around = wrappers.get(MODEL, {})
     forward.text.copies = not forward.run.reported and bool(forward.text.strangers or bracketed)
     options = {**options, "patches": {**patches, **bracketed}} if bracketed else options
-    if not around:
-        return options
     ours = _model_begins(forward, [wrapper for some in around.values() for wrapper in some])
     return {**options, "wrappers": {**wrappers, MODEL: {"vsf_before": ours[:1], **around, "vsf_after": ours[1:]}}}
 
 
 def _model_begins(forward: ForwardContext, wrappers: list[Callable]) -> list[Callable]:
     """Wrappers around the ``wrappers`` of others around the whole model, which get its text, and may run it twice."""
-    given: list[Tensor] = []
+    given: dict[int, Tensor] = {}
 
     def before(executor: Any, x: Tensor, timestep: Tensor, context: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        given[:] = [context]
+        given[thread()] = context
         return executor(x, timestep, context, *args, **kwargs)
 
     def after(executor: Any, x: Tensor, timestep: Tensor, context: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        text, forward.calls = forward.text, 0
+        if forward.network is not None:  # models write into their options, which threads would share
+            args, kwargs = tuple(map(_own, args)), {key: _own(value) for key, value in kwargs.items()}
         kwargs.get("transformer_options", {}).pop("block_index", None)  # as ``patched_options``
-        text.begin()
-        text.hold(given[0])
-        if text.follow(context, "model", wrappers) or context.shape[1] != given[0].shape[1]:
-            raise lost("puts tokens into the text of the whole model", wrappers)
+        if forward.network is None:
+            text, forward.calls = forward.text, 0
+            text.begin()
+        else:
+            text = begin_part(forward, executor.class_obj, x, context).text
+        if wrappers:
+            held = given[thread()]
+            if held.shape[0] != context.shape[0]:  # they cut the batch
+                held = context
+            text.hold(held)
+            if text.follow(context, "model", wrappers) or context.shape[1] != held.shape[1]:
+                raise lost("puts tokens into the text of the whole model", wrappers)
         return executor(x, timestep, context, *args, **kwargs)
 
     return [before, after]
+
+
+def _own(given: Any) -> Any:
+    """``transformer_options`` of one's own."""
+    return {**given} if isinstance(given, dict) and FORWARD_KEY in given else given
+
+
+def _here(patch: Callable, forward: ForwardContext, *args: Any, **kwargs: Any) -> Any:
+    """A ``patch`` of ours, for the part of the pass that is at work."""
+    return patch(forward.here(), *args, **kwargs)
 
 
 def _brackets(family: Family) -> dict[str, tuple[Callable, Callable]]:

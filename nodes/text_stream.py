@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .recordings import lasting_copy
+
 Known = dict[tuple, tuple[int, bool]]
 """Of a run: (stage, whether the very tensor that went in comes out, N's first token going in, tokens going in, tokens
 coming out) -> N's first token coming out, and whether P still follows N as it did."""
@@ -41,15 +43,21 @@ class TextStream:
         """The model starts, maybe once more in this pass."""
         self.begun += 1
         self.start, self.count, self.leading = 0, self.given, 0
+        self.expected = self.given
+        """How many tokens of text there should be in the block at work: those given, and what patches have added."""
+        self.added = 0
+        """Of these, how many a patch around the block has added inside it."""
         self.in_one_piece = True
         """Whether P still follows N, as it was given to the model."""
         self._held: tuple[Tensor, Tensor] | None = None
         """What went into a patch, and that or a copy of it."""
         self._entered: tuple[int, int] | None = None
+        self._left: tuple[str, int] | None = None
+        """Of the block before: its type, and how many tokens the stream had that came out of it, patches and all."""
 
     def hold(self, text: Tensor, start: int | None = None) -> None:
         """Keep ``text`` [B, tokens, C] as it goes into a patch; ``start``: where N is known to stand."""
-        self._held, self.count = (text, text.clone() if self.copies else text), text.shape[1]
+        self._held, self.count = (text, lasting_copy(text) if self.copies else text), text.shape[1]
         if start is not None:
             self.start = start
 
@@ -71,13 +79,18 @@ class TextStream:
                 self.known[key] = self.found(held, text, patches)
             self.start, whole = self.known[key]
             self.in_one_piece = self.in_one_piece and whole
+        if self._entered is None:
+            self.expected += text.shape[1] - held.shape[1]
         self.count = text.shape[1]
         return self.start
 
-    def enter_block(self, block: object, text: Tensor, tokens_before: Callable[[int, int], int]) -> int:
+    def enter_block(self, block: tuple[str, int], text: Tensor, tokens_before: Callable[[int, int], int]) -> int:
         """N's first token in ``text`` as it goes into a block; ``tokens_before``: see ``Family``."""
+        if self._left is not None and self._left[0] == block[0]:  # else another stream, maybe with the picture
+            self.expected += text.shape[1] - self._left[1]
         if self._entered is None:
             self.leading = tokens_before(text.shape[1], self.count)
+            self.expected += self.leading
             self.start, self._held = self.start + self.leading, None
         elif not torch.compiler.is_compiling():
             self.follow(text, ("before", block), self.strangers)
@@ -90,8 +103,16 @@ class TextStream:
     def enter_again(self, text: Tensor, given: Tensor, start: int) -> None:
         """A patch around a block runs it on ``text``: made of what the block was ``given``, where N stood at ``start``,
         or what came out when it ran before."""
+        self.expected, self.added = self.expected - self.added, text.shape[1] - given.shape[1]
+        self.expected += self.added
         if self._held is None or text is not self._held[0]:
             self.hold(given, start)
+
+    def leave_patches(self, block: tuple[str, int], given: Tensor, text: Tensor | None) -> None:
+        """A block and all patches around it are done: ``given`` went in, ``text`` comes out, or none."""
+        count = given.shape[1] if text is None else text.shape[1]
+        self.expected, self.added = self.expected - self.added + count - given.shape[1], 0
+        self._left = block[0], count
 
     def leave_block(self, text: Tensor | None) -> None:
         """Keep the ``text`` that comes out of a block; None: the next one gets what this one got."""

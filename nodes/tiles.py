@@ -9,13 +9,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from comfy_execution.utils import ExecutionContext, get_executing_context
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .checks import module_of
 from .latent_map import LatentMap
-from .negative import Negative, negatives_of
+from .negative import negatives_of
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,8 @@ class _Use:
     warned: bool = False
 
 
-_uses: WeakKeyDictionary[Negative, _Use] = WeakKeyDictionary()
+_uses = WeakTensorKeyDictionary()
+"""By the mask: each node makes one of its own. What is read from a conditioning lives no longer than a run."""
 
 
 def check_tiles(entries: Sequence[dict], latent_map: LatentMap) -> None:
@@ -39,11 +40,11 @@ def check_tiles(entries: Sequence[dict], latent_map: LatentMap) -> None:
     if context is None:  # outside ComfyUI's queue
         return
     size = latent_map.shape[-2:]
-    for negative in {n for entry in entries for n in negatives_of(entry) if n.mask is not None}:
-        use = _uses.get(negative)
+    for mask in {n: n.mask for entry in entries for n in negatives_of(entry) if n.mask is not None}.values():
+        use: _Use | None = _uses.get(mask)
         next_item = use is not None and use.context[:2] == context[:2] and use.context != context  # of a list
         if use is None or use.prompt != context.prompt_id or next_item:
-            _uses[negative] = _Use(context.prompt_id, size, context)
+            _uses[mask] = _Use(context.prompt_id, size, context)
             continue
         if any(part < whole for part, whole in zip(size, use.size, strict=True)):
             raise ValueError(

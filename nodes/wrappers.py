@@ -11,6 +11,7 @@ is the run's (``run.py``); here is what ComfyUI hands over, and how it gets it b
 """
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import comfy.patcher_extension
@@ -23,15 +24,18 @@ from .attention_override import blocks_told, patched_options
 from .compiled import compiled_pass, unwrapped, will_compile
 from .families import Family
 from .forward_context import ForwardContext, make_forward_context
-from .host_check import changed_host
+from .host_check import OUTER_SAMPLE, by_name, changed_host
 from .latent_map import first_latent
 from .negative import negatives_of
 from .negative_batch import NegativeBatch
+from .parts import parts_told
 from .run import Run, Settings
 from .run_check import check_guider
+from .sealed import Sealed, opened
 from .text_modules import text_kept_apart
 from .text_stream import TextStream
 from .tiles import check_tiler
+from .watch import note_sampled
 
 WRAPPER_KEY = "vsf"
 RUN_KEY = "vsf_run"
@@ -74,22 +78,23 @@ class VSFPatch:
 
     def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
         """A whole run: (noise, latent_image, sampler, sigmas, ..., latent_shapes) -> the sampled latent."""
+        note_sampled()
         guider = executor.class_obj
         try:
             entries = [(branch, entry) for branch, entries in guider.conds.items() for entry in entries]
             options = guider.model_options["transformer_options"]  # this run's own copy
-            noise = kwargs["noise"] if "noise" in kwargs else args[0]
-            sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
-        except (AttributeError, KeyError, IndexError) as error:
+            given = by_name(OUTER_SAMPLE, args, kwargs)
+            noise, sigmas = given["noise"], given["sigmas"]
+        except (AttributeError, KeyError) as error:
             raise changed_host(f"the sampler hands its runs over without {error}") from error
-        latent = first_latent(noise, kwargs.get("latent_shapes"))
+        latent = first_latent(noise, given.get("latent_shapes"))
         if any(negatives_of(entry) for _, entry in entries):
             check_guider(guider)
             check_tiler(guider.model_options, [entry for _, entry in entries])
         run = Run.begin(self.settings, self.family, guider.model_patcher, entries, latent, options)
         if run is None:
             return executor(*args, **kwargs)
-        options[RUN_KEY] = run
+        options[RUN_KEY] = Sealed(run)
         try:
             result = executor(*args, **kwargs)
         finally:
@@ -102,7 +107,7 @@ class VSFPatch:
     ) -> Any:
         """A prediction: the conds of each branch for ``x_in`` at ``timestep`` -> one tensor a branch. In context
         windows ComfyUI asks once for each."""
-        run: Run | None = model_options.get("transformer_options", {}).get(RUN_KEY)
+        run: Run | None = opened(model_options.get("transformer_options", {}), RUN_KEY)
         if run is None:
             if any(negatives_of(entry) for branch in conds if branch for entry in branch):
                 raise changed_host("this run began past the wrappers of OUTER_SAMPLE, or lost its transformer_options")
@@ -127,10 +132,11 @@ class VSFPatch:
         batch = NegativeBatch.taken_from(kwargs)
         if batch is None:
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
-        run: Run | None = transformer_options.get(RUN_KEY)
+        run: Run | None = opened(transformer_options, RUN_KEY)
         if run is None or c_crossattn is None:
             lost = "the text (c_crossattn)" if c_crossattn is None else "this run's transformer_options"
             raise changed_host(f"the model was called without {lost}")
+        batch.check_rows(c_crossattn.shape[0])
         run.applied = True
         run.reach.look(unwrapped(executor.class_obj.diffusion_model))
         model, latent = executor.class_obj, first_latent(x, kwargs.get("latent_shapes"))
@@ -144,12 +150,14 @@ class VSFPatch:
         if compiled:
             options = blocks_told(options, forward)
         alone = compiled_pass(forward.kind()) if compiled else nullcontext()
-        with text_kept_apart(forward, diffusion_model, compiled), alone:
+        if not compiled:
+            forward.network, forward.whole, alone = diffusion_model, (context,), parts_told(forward, diffusion_model)
+        with text_kept_apart(forward, diffusion_model, compiled), run.graphs_declined(diffusion_model), alone:
             result = executor(x, t, c_concat, context, control, options, **kwargs)
         run.verify(forward, compiled)
         if forward.attention_mass is not None:
             seen = forward.recorded(forward.attention_mass, self.family.grid(latent))
-            transformer_options[RECORD_KEY].add(*seen, latent, batch.view, run.latent_map, transformer_options)
+            opened(transformer_options, RECORD_KEY).add(*seen, latent, batch.view, run.latent_map, transformer_options)
         return result
 
     def _joined(
@@ -162,13 +170,14 @@ class VSFPatch:
         batch = batch.padded_to_unique_length(positive.shape[1], taken, multiple) if taken else batch
         # ComfyUI's own next step is this cast; here it halves a copy
         dtype, released = model.get_dtype_inference(), self.settings.released_by(family)
-        n = batch.tokens.to(positive.device, dtype)
+        n = batch.tokens.to(positive.device, dtype).expand(positive.shape[0], -1, -1)
         # N0 goes before P: text has no order here, and what is left of the sequence is then one contiguous view
         text = torch.cat([n, positive.to(dtype), *([n] if released is not None and released.copy else [])], dim=1)
         stream = TextStream(batch.length, text.shape[1] + -text.shape[1] % multiple, run.known, latent.device)
         picture = family.grid(latent) + sum(family.reference_tokens(conds, diffusion_model))
         keys = text.shape[1] + (0 if family.cross_attention else picture)
-        backend, recorded = run.backend(options, latent.device, model, keys), RECORD_KEY in options
+        backend_on = partial(run.backend, options, model=model, keys=keys)
+        recorded = RECORD_KEY in options
         if recorded and not self.settings.arithmetic.records:
             raise ValueError(
                 "VSF: VSF Record shows how much of the attention falls on the negative (1 - W), and method "
@@ -176,7 +185,7 @@ class VSFPatch:
                 "Patch."
             )
         return text, make_forward_context(
-            run, batch, latent, conds, diffusion_model, stream, taken, kept, backend, recorded
+            run, batch, latent, conds, diffusion_model, stream, taken, kept, backend_on, recorded
         )
 
     def _grown(self, conds: dict, batch: NegativeBatch, forward: ForwardContext, positive: Tensor) -> dict:

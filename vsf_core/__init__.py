@@ -13,6 +13,7 @@ from .attention import NegativeTerms, beside_plain
 from .attention_map import LAYERS, AttentionRecord, layer_of
 from .backends import WAYS, Attention, AttentionBackend, LSEAttention, fused_attention, lse_attention
 from .embeddings import content_length, extrapolate, null_embedding
+from .engines import TokenIndex, attend_gathered, attend_spread
 from .layout import TokenLayout, aligned, padding_mask, unless_all, zero_mask
 from .methods import NAG, NASA, ONG, VSF, Guidance, Method, attend_cross, attend_joint, way_of
 from .reference import cross_attention_reference, joint_attention_reference, joint_mask

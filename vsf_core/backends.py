@@ -46,6 +46,8 @@ class AttentionBackend:
     fused: FusedAttention | None = None
     forced: str | None = None
     """One of ``WAYS``, whatever would be chosen; for bug reports."""
+    coarse: bool = False
+    """Whether ``black_box`` rounds values on one scale a channel: those of N, times -alpha, would make all coarse."""
 
     def way(self, mask: Tensor | None) -> str:
         """Which of ``WAYS`` a call with the caller's own ``mask`` takes. ``ValueError`` for a forced one that can't."""

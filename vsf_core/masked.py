@@ -9,20 +9,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import JointCall, row_chunks
-from .backends import Attention
+from .backends import Attention, AttentionBackend
 from .guidance import Steer, steer_
 from .layout import aligned, padding_mask, zero_mask
+
+Parts = list[tuple[Tensor, Tensor | None]]
+"""What ``RowMasks.flipped`` makes of values."""
 
 
 @dataclass(frozen=True, eq=False)
 class RowMasks:
-    """Queries and keys of a sequence in which N's keys are at ``n``. ``given``: the caller's own mask."""
+    """Queries and keys of a sequence in which N's keys are at ``n``. ``given``: the caller's own mask; ``coarse``:
+    ``AttentionBackend.coarse``."""
 
     attend: Attention
     q: Tensor
     k: Tensor
     n: slice
     given: Tensor
+    coarse: bool = False
 
     def rows(self, group: slice) -> Tensor:
         """The caller's mask for a group of queries, [B or 1, 1, 1 or more, keys]."""
@@ -48,31 +53,44 @@ class RowMasks:
     ) -> Tensor:
         """In place: ``image`` of ``out`` becomes its attention to ``v`` with N's values times -alpha. ``visible``: -inf
         on N's padding."""
-        v, factor = self.flipped(v, alpha)
+        parts = self.flipped(v, alpha)
         varies = beta.shape[1] > 1 or self.given.shape[2] > 1
         whole = slice(0, image.stop - image.start)
         for chunk in row_chunks(self.q[:, :, image], self.k.shape[2]) if varies else [whole]:
             group = slice(image.start + chunk.start, image.start + chunk.stop)
             part = beta[:, chunk] if beta.shape[1] > 1 else beta
             seen = self.seen(group, visible - part[:, None].to(self.q.dtype))
-            z = self.attend(self.q[:, :, group], self.k, v, seen)
-            out[:, :, group] = z if factor is None else z * factor
+            out[:, :, group] = self.attended(self.q[:, :, group], parts, seen)
             if mass is not None:  # attention to values that are 1 where N is and 0 elsewhere
                 ones = torch.zeros_like(self.k)
                 ones[:, :, self.n] = 1.0
                 mass[:, chunk] += self.attend(self.q[:, :, group], self.k, ones, seen)[..., 0].float().mean(dim=1)
         return out
 
-    def flipped(self, v: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``v`` with N's values times -alpha; and what the result is to be multiplied by: in fp16, where the product
-        may overflow, a power of two, by which ``v`` was divided without a rounding."""
+    def attended(self, q: Tensor, parts: Parts, seen: Tensor) -> Tensor:
+        """The attention of ``q`` to the values that ``flipped`` gave."""
+        made = [(self.attend(q, self.k, values, seen), factor) for values, factor in parts]
+        total, *rest = (z if factor is None else z * factor for z, factor in made)
+        return total if not rest else (total + rest[0]).to(q.dtype)
+
+    def flipped(self, v: Tensor, alpha: Tensor) -> Parts:
+        """``v`` with N's values times -alpha, as tensors, and what the attention to each is to be multiplied by.
+
+        In fp16, where the product may overflow, that is a power of two, by which ``v`` was divided without a rounding.
+        Where values are rounded on one scale a channel, those of N have a tensor of their own: two attentions."""
+        if self.coarse:
+            largest = alpha.abs().amax(dim=1, keepdim=True).clamp_min(1e-12)[:, None]
+            rest, own = v.clone(), torch.zeros_like(v)
+            rest[:, :, self.n] = 0.0
+            own[:, :, self.n] = v[:, :, self.n] * (alpha[:, None] / largest).to(v.dtype)
+            return [(rest, None), (own, -largest)]
         if v.dtype == torch.float16:
             factor = torch.exp2(torch.ceil(torch.log2(alpha.abs().amax().clamp_min(1.0))))
             v = v / factor
         else:
             v, factor = v.clone(), None
         v[:, :, self.n] *= -alpha[:, None]
-        return v, factor
+        return [(v, factor)]
 
 
 def joint_attention_masked(call: JointCall, steer: Steer | None = None) -> Tensor:
@@ -81,7 +99,7 @@ def joint_attention_masked(call: JointCall, steer: Steer | None = None) -> Tenso
     i, n = layout.span("I"), layout.span("N")
     given = q.new_zeros(1, 1, 1, layout.keys) if call.mask is None else call.mask.to(q.dtype)
     visible = q.new_zeros(1, 1) if negative.padding is None else padding_mask(negative.padding, q.dtype)
-    visible, masks = visible[:, None, None], RowMasks(attend, q, k, n, given)
+    visible, masks = visible[:, None, None], RowMasks(attend, q, k, n, given, call.backend.coarse)
     positive, out = (layout.take("PI", k), layout.take("PI", v)), torch.empty_like(q)
 
     def over_positive(group: slice) -> Tensor:
@@ -108,7 +126,7 @@ def joint_attention_masked(call: JointCall, steer: Steer | None = None) -> Tenso
 
 
 def cross_attention_masked(
-    attend: Attention,
+    backend: AttentionBackend,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -123,9 +141,8 @@ def cross_attention_masked(
     n, image = slice(0, k_neg.shape[2]), slice(0, q.shape[2])
     keys, values = torch.cat((k_neg, k), dim=2), torch.cat((v_neg, v), dim=2)
     given = q.new_zeros(1, 1, 1, keys.shape[2]) if mask is None else F.pad(mask.to(q.dtype), (n.stop, 0))
-    masks = RowMasks(attend, q, keys, n, given)
+    masks = RowMasks(backend.black_box, q, keys, n, given, backend.coarse)
     if beta.shape[1] == 1 and attention_mass is None:  # one row for all: the result is the attention's own
-        values, factor = masks.flipped(values, alpha)
-        z = attend(q, keys, values, masks.seen(image, -beta[:, None].to(q.dtype)))
-        return z if factor is None else z * factor
+        seen = masks.seen(image, -beta[:, None].to(q.dtype))
+        return masks.attended(q, masks.flipped(values, alpha), seen)
     return masks.attend_flipped_(torch.empty_like(q), image, values, alpha, beta, 0.0, attention_mass)

@@ -130,8 +130,9 @@ def attend_joint(
     attention_mass: Tensor | None = None,
 ) -> Tensor:
     """Joint attention with a negative, [B, H, L, D]. P's and N's own rows are those of two passes: each text sees the
-    image and itself. ``ValueError`` for an ``attention_mass`` that the method has not."""
+    image and itself. ``ValueError`` for an ``attention_mass`` that the method has not, or keys of fewer heads."""
     _check_mass(method, attention_mass)
+    _check_heads(q, k, v)
     call = JointCall(q, k, v, layout, negative, backend, mask, attention_mass)
     steer = method if isinstance(method, Guidance) and negative.beta is not None else None
     way = backend.way(mask)
@@ -157,6 +158,7 @@ def attend_cross(
 ) -> Tensor:
     """Cross-attention with a negative, [B, H, I, D]. ``ValueError`` as above."""
     _check_mass(method, attention_mass)
+    _check_heads(q, k, v, k_neg, v_neg)
     beta = negative.beta
     if beta is None:
         return backend.black_box(q, k, v, mask)
@@ -177,7 +179,7 @@ def attend_cross(
         return merge_negative_(*backend.with_lse(q, k, v), q, *text, alpha, beta, backend, attention_mass)
     if way == "reference":
         return cross_attention_exact(q, k, v, *text, alpha, beta, mask, backend.softmax_scale, attention_mass)
-    return cross_attention_masked(backend.black_box, q, k, v, *text, alpha, beta, mask, attention_mass)
+    return cross_attention_masked(backend, q, k, v, *text, alpha, beta, mask, attention_mass)
 
 
 def _completed(
@@ -202,6 +204,16 @@ def way_of(method: Method, backend: AttentionBackend, mask: Tensor | None = None
         "reference": "reference",
     }
     return "two cross-attentions" if cross and isinstance(method, Guidance) and way in ("merge", "mask") else words[way]
+
+
+def _check_heads(q: Tensor, *others: Tensor) -> None:
+    """Some kernels take fewer heads of keys than of queries for the same number, and read beyond them."""
+    for t in others:
+        if t.shape[1] != q.shape[1]:
+            raise ValueError(
+                f"queries of {q.shape[1]} heads and keys or values of {t.shape[1]}: repeat the latter first "
+                "(grouped-query attention)"
+            )
 
 
 def _check_mass(method: Method, attention_mass: Tensor | None) -> None:

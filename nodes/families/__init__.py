@@ -49,11 +49,11 @@ def family_of(patcher: Any) -> Family:
 
     Raises ``ValueError`` that names the model's class and what is supported.
     """
-    model = patcher.model
-    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    model, own = patcher.model, own_class(type(patcher.model))
+    kind = f"{own.__module__}.{own.__qualname__}"
     family = next((family for family in FAMILIES if kind in family.model_classes), None)
     if family is None:
-        raise _unsupported(type(model))
+        raise _unsupported(own)
     check_network(patcher)
     diffusion_model = unwrapped(model.diffusion_model)
     try:
@@ -75,9 +75,23 @@ def check_network(patcher: Any) -> None:
     own = patcher.model.diffusion_model
     network = patcher.get_model_object("diffusion_model")
     plain = network is own and unwrapped(own) is own
-    kind = patcher.get_model_object("diffusion_model.__class__") if plain else type(unwrapped(network))
+    kind = own_class(patcher.get_model_object("diffusion_model.__class__") if plain else type(unwrapped(network)))
     if not kind.__module__.startswith("comfy.ldm."):
         raise _unsupported(kind)
+
+
+def own_class(kind: type) -> type:
+    """A model's class, where FSDP (``fully_shard``) has put one of its own in its place: that has the same code, and is
+    called for instance FSDPFlux. Shards are whole while the model runs."""
+    if not any(
+        base.__name__ == "FSDPModule" and base.__module__.startswith("torch.distributed") for base in kind.__mro__
+    ):
+        return kind
+    return next(base for base in kind.__mro__ if not _is_of_fsdp(base))
+
+
+def _is_of_fsdp(kind: type) -> bool:
+    return any(base.__name__ == "FSDPModule" for base in kind.__mro__)
 
 
 def _unsupported(kind: type) -> ValueError:
@@ -91,4 +105,4 @@ def _unsupported(kind: type) -> ValueError:
     )
 
 
-__all__ = ["FAMILIES", "Family", "Released", "check_network", "family_of"]
+__all__ = ["FAMILIES", "Family", "Released", "check_network", "family_of", "own_class"]

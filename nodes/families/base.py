@@ -49,6 +49,8 @@ class Family(ABC):
     """Text is seen in cross-attention alone (Eq. 9): no duplication and no isolation are needed."""
     has_text_mask: bool = False
     """That attention may come with a mask, which hides the padding of P."""
+    inputs: tuple[str, ...] = ()
+    """The modules that the latent and the text go into first, where ComfyUI has no wrapper around the network."""
     block_hook: str | None = "dit"
     """How a block tells that it runs: "dit", through its entry in ``patches_replace``; "attn2", through an
     ``attn2_patch``; None where ComfyUI offers neither: then each block must show its attention over text."""

@@ -18,6 +18,7 @@ class SD3(Family):
             (CutAfterEnd("CLIP", ("l", "g")), T5),
         ),
     )
+    inputs = ("x_embedder", "context_embedder")
     released = Released(copy=True, plain=False, kinds=frozenset({"double"}))
 
     def check(self, model: Any) -> None:

@@ -53,7 +53,7 @@ def vectors(clip: Any, texts: Sequence[str]) -> dict[str, Tensor]:
     for text in texts:
         positive = clip.encode_from_tokens_scheduled(clip.tokenize(text))
         (carried,) = attach.execute(positive=positive, clip=clip, text=text).result[0][0][1]["vsf_negatives"]
-        found["mean of the words"].append(carried.tokens[0].float().mean(0))
+        found["mean of the words"].append(carried["tokens"][0].float().mean(0))
         if (pooled := positive[0][1].get("pooled_output")) is not None:
             found["pooled"].append(pooled[0].float())
     return {kind: torch.stack(rows) for kind, rows in found.items() if len(rows) == len(texts)}

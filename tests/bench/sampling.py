@@ -5,7 +5,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -160,7 +160,7 @@ class Toy:
     def _tokens(self, caption: str, words: str, padded: bool = False) -> Tensor:
         """The tokens [1, n, C] of some words as a negative, trimmed as the pack trims them, or as a prompt's."""
         (carried,) = self.attach(caption, words)[0][1]["vsf_negatives"]
-        return carried.padded if padded else carried.tokens
+        return carried["padded" if padded else "tokens"]
 
     def _sample(
         self, model: Any, positive: list, negative: list, seeds: Sequence[int], steps: int, cfg: float
@@ -180,7 +180,7 @@ class Toy:
 def words_alone(positive: list) -> list:
     """A conditioning whose negatives are of their words to every method."""
     key = "vsf_negatives"
-    return [[cond, {**said, key: tuple(replace(n, padded=None) for n in said[key])}] for cond, said in positive]
+    return [[cond, {**said, key: [{**n, "padded": None} for n in said[key]]}] for cond, said in positive]
 
 
 def _less_shared(tokens: Tensor, others: Tensor, part: float) -> Tensor:

@@ -49,6 +49,8 @@ def frontend(request, server, new_page):
 @pytest.fixture
 def demo(frontend):
     load(frontend, json.loads(DEMO.read_text(encoding="utf-8")))
+    # a name that says that the model is distilled
+    frontend.evaluate("() => { t.widget('UNETLoader', 'unet_name').value = 'toy_turbo.safetensors'; t.told(); }")
     return frontend
 
 
@@ -295,6 +297,9 @@ def test_presets_set_the_numbers_that_are_sent(demo, shot):
         "schnellHigh": (6, 0, "released"),
         "wanLow": (0.8, 0.2, "paper"),
         "wanHigh": (1.9, 0.1, "paper"),
+        "wan": (1.5, 0.1, "paper"),
+        "ltx23": (1.5, 0, "paper"),
+        "start": (1, 0.2, "paper"),
         "hard": (3.3, 0.2, "paper"),
     }
     assert demo.evaluate(preset) == "hard"
@@ -308,7 +313,7 @@ def test_presets_set_the_numbers_that_are_sent(demo, shot):
     labels = demo.evaluate(
         "() => { const o = t.widget('VSFModelPatch', 'preset').options; return o.values.map(v => o.getOptionLabel(v)) }"
     )
-    assert labels[0] == "Quality (SD3.5): 3.3 / 0.2, released (untested here)" and labels[-1] == "Custom"
+    assert labels[0] == "Quality (SD3.5): 3.3 / 0.2, released (the paper's)" and labels[-1] == "Custom"
     saved = demo.evaluate("() => t.one('VSFModelPatch').serialize().widgets_values")
     assert saved == [2, 0.2, 0, 1, "", "paper", True, "vsf", 5, 0.25, 2.5, 0.25, 3]
 
@@ -339,7 +344,7 @@ def test_preset_is_chosen_with_the_mouse(demo):
         )
         demo.mouse.click(x, y)
     demo.wait_for_timeout(400)
-    demo.get_by_text("Strong (SD3.5): 3.8 / 0.2, released (untested here)", exact=True).last.click()
+    demo.get_by_text("Strong (SD3.5): 3.8 / 0.2, released (the paper's)", exact=True).last.click()
     demo.wait_for_timeout(400)
     assert numbers(demo) == (3.8, 0.2, "released")
     assert demo.evaluate("() => t.widget('VSFModelPatch', 'preset').value") == "strong"

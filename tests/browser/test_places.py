@@ -47,7 +47,7 @@ def test_node_search_finds_patch_and_negative_by_alias(tab, tmp_path_factory, al
 @pytest.mark.parametrize(
     "node, words, field",
     [
-        ("VSFModelPatch", "untested here", "affect_references"),
+        ("VSFModelPatch", "nobody published", "affect_references"),
         ("VSFNegativeConditioning", "space bar", "from_frame"),
         ("VSFRecord", "ConditioningSetMask", "model"),
         ("VSFAttentionMap", "Dark everywhere", "normalize"),
@@ -130,7 +130,7 @@ def test_another_language_reaches_nodes_badges_menu_and_settings(tab, tmp_path_f
         "title": "VSF Patch du modèle",
         "scale": "force (scale)",
         "preset": words["preset"],
-        "choice": "Fort (SD3.5): 3.8 / 0.2, released (non testé ici)",
+        "choice": "Fort (SD3.5): 3.8 / 0.2, released (de l'article)",
         "badge": words["unpatched"],
         "menu": words["add"],
     }

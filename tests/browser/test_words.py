@@ -104,11 +104,13 @@ def test_messages_are_all_there_with_the_same_placeholders(language, name):
 
 def test_every_message_that_the_code_says_exists():
     code = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "js").glob("*.js")))
-    keys = set(re.findall(r'say\("(\w+)"', code))
+    keys = set(re.findall(r'say\("(\w+)"', code)) | {"added", "addedInside"}
     rules = set(re.findall(r'key: "(\w+)"', code)) | set(re.findall(r'"(unpatched|noNegative)"', code))
-    presets = set(re.findall(r"^  (\w+): \{ scale", code, re.MULTILINE)) | {"custom"}
+    presets = set(re.findall(r'"preset": "(\w+)"', code)) | {"custom"}
+    sources = set(re.findall(r'"from": "(\w+)"', code))
     wanted = keys | rules | {f"{rule}Fix" for rule in rules} | {f"preset_{preset}" for preset in presets}
-    assert len(rules) == 7 and len(presets) == 9
+    wanted |= {f"from_{source}" for source in sources}
+    assert len(rules) == 11 and len(presets) == 12 and len(sources) == 5
     assert wanted == set(locale("en", "main")["vsf"])
 
 

@@ -25,6 +25,7 @@ def repository(tmp_path) -> Path:
     folder = tmp_path / "repository"
     shutil.copytree(ROOT / "tests" / "hosting", folder / "tests" / "hosting")
     shutil.copy(ROOT / "tests" / "requirements.txt", folder / "tests")
+    shutil.copytree(ROOT / "tests" / "locks", folder / "tests" / "locks")
     shutil.copy(ROOT / "dev.py", folder)
     (folder / "pyproject.toml").write_text('[project]\nname = "x"\nversion = "1.2.3"\n')
     (folder / "__init__.py").write_text("NODE_CLASS_MAPPINGS = {}\n")

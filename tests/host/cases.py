@@ -15,6 +15,7 @@ import comfy.clip_vision
 import torch
 from encoders import make_cosmos_clip, make_ltxav_clip, make_ltxv_clip, make_unet_clip
 from helpers import (
+    carried,
     conditioning,
     load_chroma,
     load_cosmos,
@@ -280,9 +281,9 @@ WAN = {**CROSS, "width": 4096, "pooled": 2048}
 EVEN = {**WAN, "sizes": ((3, 8, 10), (2, 6, 10), (1, 8, 12))}
 """Where stock ComfyUI itself takes even latent sizes alone."""
 COSMOS = {
-    **{**CROSS, "width": 1024, "pooled": 8, "layers": 10},
-    "blocks": {"double:3": {3}, "double:-1,double:8-": {0, 1, 8, 9}},
-    "bad_blocks": {"double:10": "double:0-9", "single": "double:0-9"},
+    **{**CROSS, "width": 1024, "pooled": 8, "layers": 4},
+    "blocks": {"double:3": {3}, "double:-0,double:2-": {0, 2, 3}},
+    "bad_blocks": {"double:4": "double:0-3", "single": "double:0-3"},
 }
 LTX = {**CROSS, "pooled": 8, "channels": 128, "sizes": ((3, 4, 5), (2, 3, 7), (1, 5, 9)), "patches": (1,)}
 LTX_2 = {
@@ -420,4 +421,4 @@ def compare(pack, family, apply=lambda m: m, order="theirs first", model=None, *
 
 def attached_of(pack, clip, words, **kw):
     """The negative that the node makes of words."""
-    return pack.negative(conditioning(), clip=clip, text=words, **kw)[0][1]["vsf_negatives"][-1]
+    return carried(pack.negative(conditioning(), clip=clip, text=words, **kw))[-1]

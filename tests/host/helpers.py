@@ -1,7 +1,11 @@
 """Short names for what the host tests do over and over."""
 
 import json
+from functools import partial
+from types import SimpleNamespace
+from unittest.mock import patch as patched
 
+import comfy.ldm.anima.model
 import comfy.model_detection
 import comfy.sample
 import comfy.sd
@@ -27,13 +31,20 @@ def load_wan(kind="t2v", **kw):
 
 
 def load_unet(kind="sdxl", **kw):
-    """A narrow random UNet (sd1, sd2, sdxl) through ComfyUI's own loader."""
-    return comfy.sd.load_diffusion_model_state_dict(tiny.unet(kind, **kw))
+    """A tiny random UNet (sd1, sd2, sdxl); the loader knows them by 320 channels."""
+    original = comfy.model_detection.detect_unet_config
+
+    def detect(*args, **kw):
+        return {**original(*args, **kw), "model_channels": 320}
+
+    with patched.object(comfy.model_detection, "detect_unet_config", detect):
+        return load_sized(tiny.unet(kind, **kw), {**tiny.UNETS[kind], "model_channels": tiny.UNET_CHANNELS})
 
 
 def load_cosmos(kind="cosmos", **kw):
-    """A tiny random Cosmos Predict2, or Anima, through ComfyUI's own loader."""
-    return comfy.sd.load_diffusion_model_state_dict(tiny.cosmos(kind, **kw))
+    """A tiny random Cosmos Predict2, or Anima; Anima's adapter has one block, as the class itself has no sizes."""
+    with patched.object(comfy.ldm.anima.model, "LLMAdapter", partial(comfy.ldm.anima.model.LLMAdapter, num_layers=1)):
+        return load_sized(tiny.cosmos(kind, **kw), tiny.COSMOS)
 
 
 def load_ltxv(**kw):
@@ -56,16 +67,13 @@ def load_sized(state, sizes):
         config.unet_config.update(sizes)
         return config
 
-    comfy.model_detection.model_config_from_unet = detect
-    try:
+    with patched.object(comfy.model_detection, "model_config_from_unet", detect):
         return comfy.sd.load_diffusion_model_state_dict(state)
-    finally:
-        comfy.model_detection.model_config_from_unet = original
 
 
 def load_flux2(**kw):
     """A tiny random Flux.2."""
-    return comfy.sd.load_diffusion_model_state_dict(tiny.flux2(**kw))
+    return load_sized(tiny.flux2(**kw), tiny.FLUX2)
 
 
 def load_chroma(**kw):
@@ -86,6 +94,11 @@ def load_z_image(**kw):
 def load_hunyuan_video(kind="t2v", **kw):
     """A tiny random HunyuanVideo, or 1.5, through ComfyUI's own loader."""
     return comfy.sd.load_diffusion_model_state_dict(tiny.hunyuan_video(kind, **kw))
+
+
+def carried(positive):
+    """The negatives that the first entry of a CONDITIONING carries."""
+    return [SimpleNamespace(**negative) for negative in positive[0][1].get("vsf_negatives", ())]
 
 
 def text(length, seed, width=64, batch=1):

@@ -35,7 +35,7 @@ def main() -> None:
             out = node.execute(positive=conditioning(), clip=clip, text=text)
             (negative,) = out.result[0][0][1]["vsf_negatives"]
             shown = out.ui.as_dict()["text"][0].splitlines()
-            found[f"{name}: {text}"] = [shown, negative.tokens.shape[1]]
+            found[f"{name}: {text}"] = [shown, negative["tokens"].shape[1]]
     print(json.dumps(found))
 
 
@@ -47,7 +47,7 @@ def tekken() -> dict:
     marks = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[IMG]"]
     marks += [f"<{i}>" for i in range(len(marks), 12)]  # 11 is the padding
     return {
-        "config": {"default_vocab_size": len(words) + len(marks)},
+        "config": {"default_vocab_size": len(words) + len(marks), "default_num_special_tokens": len(marks)},
         "vocab": [{"rank": i, "token_bytes": base64.b64encode(w).decode()} for i, w in enumerate(words)],
         "special_tokens": [{"rank": i, "token_str": mark} for i, mark in enumerate(marks)],
     }

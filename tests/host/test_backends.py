@@ -122,7 +122,7 @@ def test_each_device_has_a_backend_of_its_own(pack, models, monkeypatch):
 
     def choose(options, device, dtype, head_dim, keys):
         asked.append(device.type)
-        return types.SimpleNamespace(replaced=False)
+        return types.SimpleNamespace(warning=lambda joint: None)
 
     monkeypatch.setattr(run, "choose_backend", choose)
     patch = pack.patch(models["sd3"]).get_all_wrappers(WrappersMP.APPLY_MODEL)[0].__self__

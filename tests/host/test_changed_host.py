@@ -5,6 +5,7 @@ Each test makes a tree of links to the real one in which single lines differ, an
 
 import ast
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -45,21 +46,27 @@ def link_children(real: Path, folder: Path) -> None:
         (folder / entry.name).symlink_to(entry)
 
 
-def run_on(tree: Path, family: str) -> tuple[list[str], str]:
-    """What the script printed, and the log."""
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("on_changed_host.py")), family],
-        # the tree's caches of compiled code are the real one's: nothing of a changed file may get there
-        env={**os.environ, "VSF_COMFYUI": str(tree), "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines(), done.stderr
+@pytest.fixture(scope="module")
+def run_on():
+    """What the script printed of a run on a tree, and its log."""
+    # the tree's caches of compiled code are the real one's: nothing of a changed file may get there
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, str(Path(__file__).with_name("on_changed_host.py"))]
+    with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as script:
+
+        def run(tree: Path, family: str) -> tuple[list[str], str]:
+            log = tree.with_name("log.txt")
+            script.stdin.write(json.dumps([str(tree), family, str(log)]) + "\n")
+            script.stdin.flush()
+            lines = json.loads(script.stdout.readline())
+            assert lines is not None, log.read_text()[-3000:]
+            return lines, log.read_text()
+
+        yield run
+        script.stdin.close()
 
 
-def test_the_unchanged_tree_works(tmp_path):
+def test_the_unchanged_tree_works(tmp_path, run_on):
     """Else the other tests here would show nothing."""
     lines, _ = run_on(changed_tree(tmp_path, [(SAMPLERS, r"\A", "")]), "sd3")
     assert lines == ["NODES 6", "CHANGED True"]
@@ -115,14 +122,14 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_changed_seam_is_named(tmp_path, case):
+def test_a_changed_seam_is_named(tmp_path, case, run_on):
     family, edits, message = CASES[case]
     lines, _ = run_on(changed_tree(tmp_path, edits), family)
     assert lines[0] == "NODES 6" and len(lines) == 2
     assert re.match(rf"ERROR RuntimeError VSF: .*{message}", lines[1]), lines[1]
 
 
-def test_a_seam_that_is_gone_keeps_the_nodes_away(tmp_path):
+def test_a_seam_that_is_gone_keeps_the_nodes_away(tmp_path, run_on):
     files = [path for path in (*TREE.glob("comfy/*.py"), *TREE.glob("comfy_extras/*.py"))]
     users = [str(path.relative_to(TREE)) for path in files if "CALC_COND_BATCH" in path.read_text(encoding="utf-8")]
     tree = changed_tree(tmp_path, [(name, "CALC_COND_BATCH", "COMPUTE_CONDS") for name in users])
@@ -150,7 +157,7 @@ def used_of_comfyui(file: Path) -> set[str]:
 
 def test_all_that_is_used_by_name_is_looked_for(pack):
     check = importlib.import_module(pack.module.__name__ + ".nodes.host_check")
-    needed = [f"{module}.{name}" for module, names in check.NEEDED.items() for name in names]
+    needed = [f"{module}.{check.parsed(name)[0]}" for module, names in check.NEEDED.items() for name in names]
     files = sorted((ROOT / "nodes").rglob("*.py"))
     used = {name for file in files for name in used_of_comfyui(file)}
     assert {"comfy.conds.CONDRegular", "comfy_api.latest.io"} <= used
@@ -160,6 +167,49 @@ def test_all_that_is_used_by_name_is_looked_for(pack):
 
     assert sorted(name for name in used if not covered(name)) == []
     assert all(check._has(module, name) for module, names in check.NEEDED.items() for name in names)
+
+
+def test_all_that_a_family_takes_from_its_model_is_listed(pack):
+    """Classes of models and text encoders, and attributes of the network."""
+    name = pack.module.__name__
+    check = importlib.import_module(f"{name}.nodes.host_check")
+    families = importlib.import_module(f"{name}.nodes.families").FAMILIES
+    listed = [check.parsed(thing)[0] for things in check.WHERE_PRESENT.values() for thing in things]
+    attributes = {thing.rpartition(".")[2] for thing in listed}
+    models = {f"comfy.model_base.{thing}" for thing in check.WHERE_PRESENT["comfy.model_base"]}
+    assert set().union(*(family.model_classes for family in families)) <= models
+    encoders = [encoder for family in families for encoder in family.text_encoders]
+    named = {encoder.model_class for encoder in encoders} | {encoder.tokenizer_class for encoder in encoders} - {None}
+    assert len(named) > 15 and named <= set(listed)
+    used = set()
+    for file in (ROOT / "nodes" / "families").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith("diffusion_model"):
+                used.add(node.attr)
+    assert len(used) > 20 and used - attributes == {"__class__"} & used
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda conds, model, x_in, timestep, model_options: 0,
+        lambda model, conds, x_in, sigma, timestep, model_options: 0,
+        lambda model, conds, x_in, timestep: 0,
+    ],
+    ids=["two in other places", "one in between", "one gone"],
+)
+def test_a_function_with_other_arguments_keeps_the_nodes_away(pack, monkeypatch, caplog, changed):
+    import comfy.samplers
+
+    check = importlib.import_module(pack.module.__name__ + ".nodes.host_check")
+    monkeypatch.setattr(
+        comfy.samplers, "_calc_cond_batch", lambda model, conds, x_in, timestep, model_options, new=0: 0
+    )
+    assert check.is_supported()
+    monkeypatch.setattr(comfy.samplers, "_calc_cond_batch", changed)
+    caplog.clear()
+    assert not check.is_supported() and len(caplog.records) == 1
+    assert "comfy.samplers._calc_cond_batch(model, conds, x_in, timestep, model_options), which" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def clip(name):
 def test_from_text_to_picture(pack, name, case, model, clip):
     """The encoder's negative is one that the model takes."""
     attached = pack.negative(case.prompt(), clip=clip, text="a red roof")
-    assert attached[0][1]["vsf_negatives"][0].encoder is not None
+    assert attached[0][1]["vsf_negatives"][0]["encoder"] is not None
     result = case.run(pack.patch(model), attached)
     assert relative(result, case.run(model, case.prompt())) > 1e-4
 

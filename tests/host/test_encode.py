@@ -19,7 +19,7 @@ from encoders import (
     make_wan_clip,
     make_z_image_clip,
 )
-from helpers import assert_close, conditioning, load_sd3, relative, sample
+from helpers import assert_close, carried, conditioning, load_sd3, relative, sample
 
 PROMPTS = ["roof", "a house with a red roof, wow!!!", "(roof:1.3) and (door)", "naïve café 屋根 🏠", "word " * 120]
 
@@ -35,9 +35,8 @@ def clips():
 
 
 def attached(pack, clip, text, **kw):
-    """The Negative that the node makes of ``text``."""
-    made = pack.negative(conditioning(), clip=clip, text=text, **kw)
-    return made[0][1]["vsf_negatives"][-1]
+    """The negative that the node makes of ``text``."""
+    return carried(pack.negative(conditioning(), clip=clip, text=text, **kw))[-1]
 
 
 def counts(clip, text):
@@ -169,8 +168,7 @@ def test_negative_remembers_its_encoder(pack, clips):
     positive = conditioning(width=4096)
     made = pack.negative(positive, clip=clip, text="roof")
     sample(pack.patch(model), made, steps=1)
-    key = made[0][1]["vsf_negatives"]
-    object.__setattr__(key[0], "encoder", "flux")
+    made[0][1]["vsf_negatives"][0]["encoder"] = "flux"
     with pytest.raises(ValueError, match='of type "flux", but this model'):
         sample(pack.patch(model), made, steps=1)
 

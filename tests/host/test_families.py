@@ -221,7 +221,7 @@ def test_encoder_and_width_are_checked(pack, case, model):
     with pytest.raises(ValueError, match=f"{case.width + 1} wide, but this model .* takes .*{case.width}"):
         case.run(pack.patch(model), pack.negative(case.prompt(), negative=wide))
     made = pack.negative(case.prompt(), negative=case.negative())
-    object.__setattr__(made[0][1]["vsf_negatives"][0], "encoder", "none that there is")
+    made[0][1]["vsf_negatives"][0]["encoder"] = "none that there is"
     with pytest.raises(ValueError, match='of type "none that there is", but this model'):
         case.run(pack.patch(model), made)
 

@@ -2,6 +2,7 @@
 picture, a crash in a kernel, or a negative that silently does nothing."""
 
 import math
+import time
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import pytest
 import torch
 from comfy.supported_models_base import ClipTarget
 from encoders import make_clip, make_flux_clip, make_wan_clip, randomized
-from helpers import assert_close, conditioning, load_flux, load_sd3, load_wan, relative, sample, text
+from helpers import assert_close, carried, conditioning, load_flux, load_sd3, load_wan, relative, sample, text
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -127,19 +128,19 @@ def cases(draw, family, kind):
 def break_patch_number(draw, family, case):
     name = draw(st.sampled_from(["scale", "offset", "start_percent", "end_percent"]))
     case.patch[name] = draw(st.sampled_from(NO_NUMBER))
-    case.errors.append(f"{name} must be a finite number")
+    case.errors.append(f"{name} must be a number from")
 
 
 def break_window(draw, family, case):
     window = draw(st.sampled_from([(0.6, 0.4), (0.5, 0.5), (-0.1, 1.0), (0.0, 1.1), (1.0, 0.0)]))
     case.patch["start_percent"], case.patch["end_percent"] = window
-    case.errors.append("start_percent .* must lie before end_percent")
+    case.errors += ["start_percent .* must lie before end_percent", "_percent must be a number from 0 to 1"]
 
 
 def break_blocks(draw, family, case):
     nonsense = st.text("xyz:-,0 ", max_size=10).map(lambda s: "q" + s)
     case.patch["blocks"] = draw(st.one_of(st.sampled_from(BAD_BLOCKS), nonsense))
-    case.errors.append(r"blocks: .* has .*double:0-\d")
+    case.errors.append(r"blocks(: .* has .*double:0-\d| is not valid Unicode)")
 
 
 def break_layout(draw, family, case):
@@ -149,7 +150,7 @@ def break_layout(draw, family, case):
 
 def break_model(draw, family, case):
     case.model = False
-    case.errors.append("model is None")
+    case.errors.append("model must be a model, got None")
 
 
 def break_positive(draw, family, case):
@@ -160,7 +161,7 @@ def break_positive(draw, family, case):
 def break_negative_number(draw, family, case):
     name = draw(st.sampled_from(["strength", "extrapolation", "from_frame", "to_frame"]))
     case.negatives[-1][name] = draw(st.sampled_from(NO_NUMBER))
-    case.errors.append(f"{name} must be a finite number")
+    case.errors.append(f"{name} must be a number from")
 
 
 def break_frames(draw, family, case):
@@ -169,7 +170,8 @@ def break_frames(draw, family, case):
         frames = (0.4, 0.6)  # between the middles of two frames
         _turn_on(case)
     case.negatives[-1]["from_frame"], case.negatives[-1]["to_frame"] = frames
-    case.errors += ["from_frame .* must lie before to_frame", "none of this video's 2 latent frames"]
+    case.errors += ["from_frame .* must lie before to_frame", "_frame must be a number from 0 to 1"]
+    case.errors += ["none of this video's 2 latent frames"]
 
 
 def break_mask(draw, family, case):
@@ -180,7 +182,7 @@ def break_mask(draw, family, case):
     if shape == (5, 8, 8) and family.name == "wan":
         mask[0, 0, 0] = NAN  # five pictures are five frames there
     case.negatives[-1]["mask"] = draw(st.sampled_from([mask, mask * NAN, "white"]))
-    case.errors.append("mask (must be a picture|is empty|has values that are NaN|is a batch of 5)")
+    case.errors.append("mask (must be a mask|is empty|has values that are NaN|is a batch of 5)")
 
 
 def _turn_on(case):
@@ -268,7 +270,7 @@ def try_out(pack, family, case):
     """Both nodes and one step; the latent and the negatives that came to it."""
     patched = pack.patch(family.model if case.model else None, **case.patch)
     attached = attach(pack, case)
-    return run(family, patched, attached, case.batch), attached[0][1].get("vsf_negatives", ())
+    return run(family, patched, attached, case.batch), carried(attached)
 
 
 @pytest.mark.timeout(3600)
@@ -314,8 +316,8 @@ def test_ten_thousand_characters(pack, families, name):
     family, words = families[name], "roof house tree sails " * 455
     assert len(words) > 10_000
     attached = pack.negative(positive_of(family), clip=family.clip, text=words)
-    (negative,) = attached[0][1]["vsf_negatives"]
-    (short,) = pack.negative(positive_of(family), clip=family.clip, text=words[:22])[0][1]["vsf_negatives"]
+    (negative,) = carried(attached)
+    (short,) = carried(pack.negative(positive_of(family), clip=family.clip, text=words[:22]))
     assert negative.tokens.shape[1] >= 455 * (short.tokens.shape[1] - 1)
     result = run(family, pack.patch(family.model), attached)
     assert torch.isfinite(result).all()
@@ -400,6 +402,107 @@ def test_that_error_names_the_numbers_in_use(pack, families, patch, scales, name
         model = pack.mapping["VSFScaleSweep"].execute(**given).result[0]
     with pytest.raises(RuntimeError, match=f"{named} .*{lower}"):
         run(family, model, attached, batch=2 if scales else 1)
+
+
+# -- every input of every node, as its schema says ---------------------------------------------------------------------
+
+NODES = ("NegativeConditioning", "ModelPatch", "Record", "AttentionMap", "ScaleSweep", "ContactSheet")
+HUGE, MANY_DIGITS = "x" * 10**7, 10**5000
+OF_NO_TYPE = ["\ud800", HUGE, [1.0], {}, object(), torch.ones(2, 2, 2, 2, 2), torch.zeros(0)]
+WRONG = {
+    "INT": [None, NAN, INF, "x", MANY_DIGITS, -MANY_DIGITS, 10**9, -(10**9), *OF_NO_TYPE],
+    "FLOAT": [None, NAN, INF, -INF, "x", MANY_DIGITS, 1e9, -1e9, 1e-5j, *OF_NO_TYPE],
+    "BOOLEAN": [None, NAN, "false", *OF_NO_TYPE],
+    "STRING": OF_NO_TYPE,
+    "COMBO": [None, "", 0, True, *OF_NO_TYPE],
+    "MODEL": [None, "x", NAN, 5, *OF_NO_TYPE],
+    "CLIP": ["x", NAN, 5, *OF_NO_TYPE],
+    "VSF_MAP": [None, "x", NAN, 5, *OF_NO_TYPE],
+    "CONDITIONING": ["x", NAN, 5, [], [None], [[]], *OF_NO_TYPE],
+    "MASK": ["x", NAN, 5, torch.ones(3), torch.ones(0, 8, 8), torch.full((1, 8, 8), NAN), *OF_NO_TYPE[:5]],
+    "IMAGE": [None, "x", NAN, torch.ones(8, 8, 3), torch.zeros(1, 8, 8, 3, dtype=torch.uint8), *OF_NO_TYPE],
+    "LATENT": [None, "x", NAN, {"samples": None}, {"samples": torch.ones(3)}, *OF_NO_TYPE],
+}
+"""By the type of an input, what a link or an API call may bring that it cannot be."""
+
+
+@pytest.fixture(scope="module")
+def sockets(pack, families):
+    """What fits each socket."""
+    sd3 = families["sd3"]
+    patched = pack.patch(sd3.model)
+    record = pack.mapping["VSFRecord"].execute(model=patched).result[1]
+    picture, latent = torch.zeros(1, 8, 8, 3), {"samples": torch.zeros(1, 16, 4, 4)}
+    return {
+        **{"model": patched, "positive": positive_of(sd3), "map": record},
+        **{"image": picture, "images": picture, "latent": latent},
+    }
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_what_no_input_can_be(pack, sockets, name):
+    """A schema's limits do not bind links: what is given is read before anything is done with it."""
+    node = pack.mapping[f"VSF{name}"]
+    inputs = node.define_schema().inputs
+    good = {one.id: sockets.get(one.id, getattr(one, "default", None)) for one in inputs if not one.optional}
+    for one in inputs:
+        wrong = [*WRONG[one.get_io_type()], *([] if one.optional or one.get_io_type() != "STRING" else [None])]
+        for value in wrong:
+            began = time.monotonic()
+            with pytest.raises(ValueError, match=rf"^VSF: (character 1 of )?{one.id} ") as error:
+                node.execute(**{**good, one.id: value})
+            assert time.monotonic() < began + 5
+            assert len(str(error.value).encode()) < 300
+            limits = [getattr(one, "min", None), getattr(one, "max", None), *(getattr(one, "options", None) or ())]
+            assert all((x if isinstance(x, str) else f"{x:g}") in str(error.value) for x in limits if x is not None)
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_what_comfyui_converts_is_taken(pack, name):
+    """Whatever a widget may be set to in an API call, a link may bring too, and it becomes the same."""
+    import asyncio
+    import importlib
+
+    import execution
+
+    fitted = importlib.import_module(pack.module.__name__ + ".nodes.checks").fitted
+    node = pack.mapping[f"VSF{name}"]
+    taken = 0
+    for one in node.define_schema().inputs:
+        limits = [getattr(one, "min", 0) or 0, getattr(one, "max", 1) or 1]
+        values = [
+            *limits,
+            *map(float, limits),
+            *map(str, limits),
+            sum(limits) / 2,
+            True,
+            False,
+            "1.5",
+            "a",
+            *limits[1:],
+        ]
+        for value in [*values, *(getattr(one, "options", None) or ())] if hasattr(one, "default") else ():
+            prompt = {"1": {"class_type": f"VSF{name}", "inputs": {one.id: value}}}
+            errors = asyncio.run(execution.validate_inputs("", prompt, "1", {}))[1]
+            if not any(error["extra_info"].get("input_name") == one.id for error in errors):
+                converted = prompt["1"]["inputs"][one.id]
+                assert fitted(one, converted) == converted
+                if not (isinstance(value, str) and isinstance(converted, bool)):  # "false" is true there
+                    made = fitted(one, value)
+                    assert made == converted and type(made) is type(converted)
+                taken += 1
+    assert taken >= 5 or name == "Record"
+
+
+def test_a_socket_left_open_and_a_grey_picture(pack, families):
+    family = families["sd3"]
+    given = {"clip": None, "text": None, "negative": ready(family, text(3, 5)), "mask": None}
+    assert pack.negative(positive_of(family), **given)[0][1]["vsf_negatives"]
+    sheet = pack.mapping["VSFContactSheet"].execute
+    grey = torch.rand(2, 32, 32, 1)
+    assert torch.equal(
+        sheet(images=grey, labels=5).result[0], sheet(images=grey.expand(-1, -1, -1, 3), labels="5").result[0]
+    )
 
 
 def test_any_queued_graph_is_looked_at_and_passed_on(pack, times, tally):

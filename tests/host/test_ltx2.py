@@ -10,6 +10,7 @@ import torch
 from cases import CASES, attached_of, both, clip_of, model_of
 from comfy.ldm.lightricks.embeddings_connector import Embeddings1DConnector
 from comfy.nested_tensor import NestedTensor
+from comfy.patcher_extension import WrappersMP
 from encoders import make_ltxav_clip
 from helpers import assert_close, relative
 from oracle import oracle_model
@@ -52,14 +53,29 @@ def test_reference_voice(pack, case, model, voice):
 
 
 def test_guides(pack, case, model):
-    """Where guides leave tokens of the video out, so that as many are left as the text has."""
-    size, sound, left_out = (1, 33, 32), 9, 27
+    """Where guides leave a frame of the video out, so that as many tokens are left as the text has: 1,024 and N's 5."""
+    size, sound = (8, 7, 21), 9
     denoise = torch.ones(1, 128, *size)
-    denoise[..., -1, -left_out:] = -1.0
+    denoise[:, :, -1] = -1.0
     packed, _ = comfy.utils.pack_latents([denoise, torch.ones(1, 8, sound, 16)])
     ((cond, options),) = case.prompt()
-    guided = {"keyframe_idxs": torch.zeros(1, 3, 32, 2), "concat_mask": packed}
+    guided = {"keyframe_idxs": torch.zeros(1, 3, 7 * 21, 2), "concat_mask": packed}
     assert_close(*both(pack, case, model, n=5, positive=[[cond, {**options, **guided}]], size=size))
+
+
+def test_a_node_that_hands_the_run_on_by_place(pack, case, model):
+    """What ComfyUI hands over by name, as the shapes of video and sound, is found by its place too."""
+    kw, patched = {"sound": 5, "steps": 1}, pack.patch(model)
+    names = ("denoise_mask", "callback", "disable_pbar", "seed", "latent_shapes")
+
+    def by_place(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        return executor(noise, latent_image, sampler, sigmas, *(given[name] for name in names))
+
+    other = model.clone()
+    other.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "other", by_place)
+    attached = pack.negative(case.prompt(), negative=case.negative(5))
+    assert torch.equal(case.run(pack.patch(other), attached, **kw), case.run(patched, attached, **kw))
 
 
 def test_sampled_in_context_windows(pack, case, model):

@@ -72,7 +72,7 @@ def test_padding_follows_the_method(pack, name, tmp_path):
     }[name]()
     case, model = CASES[name], model_of(name)
     padded = nodes.CLIPTextEncode().encode(clip, "a roof")[0]
-    words = [[pack.negative(padded, clip=clip, text="a roof")[0][1]["vsf_negatives"][0].tokens, {}]]
+    words = [[pack.negative(padded, clip=clip, text="a roof")[0][1]["vsf_negatives"][0]["tokens"], {}]]
     positive = case.prompt()
     for settings, given, other in (*((method, padded, words) for method in METHODS.values()), ({}, words, padded)):
         patched = pack.patch(model, **settings)

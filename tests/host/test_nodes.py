@@ -77,8 +77,8 @@ def test_bad_blocks_name_the_valid_range(pack, model, blocks):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"scale": float("nan")}, "scale must be a finite number"),
-        ({"offset": float("inf")}, "offset must be a finite number"),
+        ({"scale": float("nan")}, "scale must be a number from -20 to 20"),
+        ({"offset": float("inf")}, "offset must be a number from -20 to 100"),
         ({"start_percent": 0.6, "end_percent": 0.4}, "must lie before"),
         ({"start_percent": 0.5, "end_percent": 0.5}, "must lie before"),
         ({"layout": "other"}, "layout must be one of paper, released"),

@@ -1,10 +1,12 @@
 """What well-known packs do to a model, done by stand-ins of our own: the picture is right, or an error says why not."""
 
 import logging
+import re
 from functools import partial
 from types import MethodType
 from unittest import mock
 
+import comfy.patcher_extension
 import comfy.samplers
 import pytest
 import torch
@@ -139,12 +141,17 @@ def test_a_second_text_in_the_same_block(pack):
 
 @pytest.mark.parametrize("run", [{"cfg": 2.5}, {"batch": 2}])
 def test_attention_over_half_of_the_batch(pack, run):
+    """Where all rows have the same negative and numbers, any of them will do."""
     case, model = CASES["wan"], model_of("wan")
     attached = pack.negative(case.prompt(), negative=case.negative())
     theirs = attending_to_more(model, text(7, 77, 256), halves=True)
-    case.run(theirs, case.prompt(), **run)
-    with pytest.raises(RuntimeError, match="2 rows in its batch, but .* with 1 of them.*input_type to batch"):
-        case.run(pack.patch(theirs), attached, **run)
+    stock = case.run(theirs, case.prompt(), **run)
+    if "cfg" in run:
+        with pytest.raises(RuntimeError, match="2 rows in its batch, but .* with 1 of them.*input_type to batch"):
+            case.run(pack.patch(theirs), attached, **run)
+    else:
+        assert_close(case.run(pack.patch(theirs, offset=60), attached, **run), stock)
+        assert relative(case.run(pack.patch(theirs), attached, **run), stock) > 1e-3
     whole = attending_to_more(model, text(7, 77, 256))
     stock = case.run(whole, case.prompt(), **run)
     assert_close(case.run(pack.patch(whole, offset=60), attached, **run), stock)
@@ -248,6 +255,70 @@ def test_a_negative_that_does_nothing_is_said(pack, case, model, name, caplog):
         three[0] = 1
         assert "is black" in said({}, {"mask": three, "from_frame": 0.5})[1][0]
         assert not said({}, {"mask": three, "to_frame": 0.5})[1]
+
+
+@pytest.mark.parametrize("level", [logging.CRITICAL + 1, logging.ERROR])
+def test_a_node_that_turns_the_log_off(pack, level, caplog):
+    """As UltimateSDUpscale does while it samples: what VSF has to say is said."""
+    case, model, root = CASES["sd3"], model_of("sd3"), logging.getLogger()
+    attached = pack.negative(case.prompt(), negative=case.negative(), mask=torch.zeros(1, 64, 64))
+    before = root.level
+    root.setLevel(level)
+    try:
+        case.run(pack.patch(model), attached)
+    finally:
+        root.setLevel(before)
+    assert "mask of 1 of 1 negatives is black" in caplog.text
+
+
+# -- windows of other packs --------------------------------------------------------------------------------------------
+
+
+def in_windows(model, slices):
+    """A clone that samples a batch of frames in windows of two, as AnimateDiff-Evolved's context options do. slices:
+    whether conds of the batch's length are cut to the window, as they are there."""
+
+    def part(cond, batch, at):
+        alone = hasattr(cond, "cond") and isinstance(cond.cond, torch.Tensor) and cond.cond.shape[0] == batch
+        return cond._copy_with(cond.cond[at]) if alone else cond
+
+    def windows(executor, m, conds, x, timestep, options):
+        outs = []
+        for at in ([0, 2], [1, 3]):
+            shown = [
+                branch
+                and [
+                    {**e, "model_conds": {k: part(c, len(x), at) for k, c in e["model_conds"].items()}} for e in branch
+                ]
+                for branch in conds
+            ]
+            outs.append(executor(m, shown if slices else conds, x[at], timestep[at], options))
+        return [torch.stack([a, b], dim=1).flatten(0, 1) for a, b in zip(*outs, strict=True)]
+
+    m = model.clone()
+    m.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.CALC_COND_BATCH, "windows", windows)
+    return m
+
+
+@pytest.mark.parametrize("slices", [True, False])
+@pytest.mark.parametrize("order", ["theirs first", "vsf first"])
+def test_a_mask_with_a_row_a_frame_in_windows(pack, order, slices):
+    """Each row stays with its frame, or the run is refused; one mask for all is right."""
+    case, model = CASES["sd3"], model_of("sd3")
+    patched = (
+        pack.patch(in_windows(model, slices)) if order == "theirs first" else in_windows(pack.patch(model), slices)
+    )
+    rows = torch.rand(4, 32, 32, generator=torch.Generator().manual_seed(0)).round()
+    for mask, may_fail in ((rows[:1], False), (rows, True)):
+        attached = pack.negative(case.prompt(), negative=case.negative(), mask=mask)
+        expected = case.run(pack.patch(model), attached, batch=4)
+        try:
+            made = case.run(patched, attached, batch=4)
+        except RuntimeError as error:
+            assert may_fail and re.search("some of the 4 pictures at a time", str(error))
+        else:
+            assert_close(made, expected)
+    assert relative(case.run(model, case.prompt(), batch=4), expected) > 1e-3
 
 
 # -- tiles ------------------------------------------------------------------------------------------------------------

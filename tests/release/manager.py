@@ -21,7 +21,7 @@ from typing import Any
 
 from hosting.client import ComfyClient
 from hosting.errors import HostError
-from hosting.host import fresh_venv, has_modules, print_progress, remove, run_pip, venv_python
+from hosting.host import LOCKS, fresh_venv, has_modules, install_locked, print_progress, remove, run_pip, venv_python
 from hosting.server import FOLDERS, PACK_NAME, ComfyServer
 
 from release import archive
@@ -45,13 +45,15 @@ def check(cache: Path) -> str:
 
 def manager_python(folder: Path, needs: Path) -> Path:
     """The interpreter of an environment with Manager, which sees the host's packages as well."""
-    python = venv_python(folder)
+    python, wanted = venv_python(folder), needs.read_text(encoding="utf-8").strip()
+    if f"{wanted.replace('_', '-')} " not in (LOCKS / "manager.txt").read_text(encoding="utf-8"):
+        raise HostError(f"{needs} wants {wanted}, which is not the one in {LOCKS / 'manager.txt'}: run `dev.py lock`")
     if not has_modules(python, ("comfyui_manager", "git", "github", "torch")):
-        print_progress(f"installing {needs.read_text(encoding='utf-8').strip()}")
+        print_progress(f"installing {wanted}")
         fresh_venv(remove(folder))
         inside = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
         (Path(inside) / "host.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        run_pip(python, ["install", "--quiet", "-r", str(needs)])
+        install_locked(run_pip, python, "manager.txt", "--quiet")
     return python
 
 

@@ -19,7 +19,7 @@ WIDGETS = {
     "VSFRecord": (),
     "VSFAttentionMap": ("steps", "layers", "opacity", "normalize"),
     "VSFScaleSweep": ("scales",),
-    "VSFContactSheet": ("columns",),
+    "VSFContactSheet": ("columns", "videos"),
 }
 """Each node's widgets in the order in which a workflow keeps their values, which it keeps without names. New ones come
 at the end, and nothing else ever changes here: a workflow saved when there were fewer has the first of them."""

@@ -73,7 +73,7 @@ def test_other_methods_have_the_prompt_with_its_padding_or_the_words_alone(famil
     """NAG, NASA and ONG through the pack's nodes, against the formulas on what the text encoder itself says."""
     toy, case, seeds = sampling.Toy(family), sampling.cases(world.pairs(["house"]), 1)[0], [1]
     prompt, empty = toy.encode(case.negative)[0][0], toy.encode("")
-    words = prompt[:, : toy.attach(case.caption, case.negative)[0][1]["vsf_negatives"][0].tokens.shape[1]]
+    words = prompt[:, : toy.attach(case.caption, case.negative)[0][1]["vsf_negatives"][0]["tokens"].shape[1]]
     assert words.shape[1] < prompt.shape[1]
     made = {}
     for method, settings in (

@@ -100,21 +100,25 @@ def flux_model(
     )
 
 
+FLUX2 = {"num_heads": 2, "axes_dim": [8, 8, 8, 8]}
+"""Sizes that ComfyUI's loader takes for granted: its text always has 512 tokens, so the rest is small."""
+
+
 def flux2(seed: int = 0, **config) -> StateDict:
     """A Flux.2-format model of random weights, as ``flux2_model`` builds it."""
     return randomize(flux2_model(**config).state_dict(), seed)
 
 
 def flux2_model(
-    hidden: int = 256, double: int = 2, single: int = 2, context: int = 64, guidance: bool = True
+    hidden: int = 64, double: int = 2, single: int = 2, context: int = 64, guidance: bool = True
 ) -> torch.nn.Module:
     """ComfyUI's class of Flux.2; ``guidance``: Dev's, which Klein lacks."""
     from comfy.ldm.flux.model import Flux
 
     return Flux(
         **{"in_channels": 128, "out_channels": 128, "patch_size": 1, "vec_in_dim": None, "context_in_dim": context},
-        **{"hidden_size": hidden, "num_heads": hidden // 128, "depth": double, "depth_single_blocks": single},
-        **{"mlp_ratio": 3.0, "theta": 2000, "axes_dim": [32, 32, 32, 32], "txt_ids_dims": [3]},
+        **{"hidden_size": hidden, **FLUX2, "depth": double, "depth_single_blocks": single},
+        **{"mlp_ratio": 3.0, "theta": 2000, "txt_ids_dims": [3]},
         **{"qkv_bias": False, "ops_bias": False, "guidance_embed": guidance, "global_modulation": True},
         **{"mlp_silu_act": True, "default_ref_method": "index", "ref_index_scale": 10.0},
         **{"operations": torch.nn, "dtype": torch.float32},
@@ -270,11 +274,13 @@ def wan_model(
 
 
 UNETS = {
-    "sd1": {"context_dim": 768, "num_heads": 8, "transformer_depth": [1, 1, 0]},
-    "sd2": {"context_dim": 1024, "num_head_channels": 64, "transformer_depth": [1, 1, 0]},
-    "sdxl": {"context_dim": 2048, "num_head_channels": 64, "transformer_depth": [0, 2, 5]},
+    "sd1": {"context_dim": 768, "num_heads": 4, "transformer_depth": [1, 1, 0]},
+    "sd2": {"context_dim": 1024, "num_head_channels": 16, "transformer_depth": [1, 1, 0]},
+    "sdxl": {"context_dim": 2048, "num_head_channels": 16, "transformer_depth": [0, 2, 5]},
 }
-"""What ComfyUI's loader tells the UNets by; SDXL's depths are those of its small relative KOALA."""
+"""What ComfyUI's loader tells the UNets by, but for the heads; SDXL's depths are those of its small relative KOALA."""
+UNET_CHANNELS = 64
+"""In place of 320."""
 
 
 def unet(kind: str = "sdxl", seed: int = 0) -> StateDict:
@@ -283,7 +289,7 @@ def unet(kind: str = "sdxl", seed: int = 0) -> StateDict:
 
 
 def unet_model(kind: str) -> torch.nn.Module:
-    """ComfyUI's UNet class with three grids; the loader knows it by 320 channels only, so it is narrow, not tiny."""
+    """ComfyUI's UNet class with three grids."""
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
     is_sdxl = kind == "sdxl"
@@ -291,7 +297,7 @@ def unet_model(kind: str) -> torch.nn.Module:
         image_size=32,
         in_channels=4,
         out_channels=4,
-        model_channels=320,
+        model_channels=UNET_CHANNELS,
         num_res_blocks=[1, 1, 1],
         channel_mult=[1, 1, 1 if is_sdxl else 2],
         num_classes="sequential" if is_sdxl else None,
@@ -305,14 +311,17 @@ def unet_model(kind: str) -> torch.nn.Module:
     )
 
 
+COSMOS = {"model_channels": 48, "num_blocks": 4, "num_heads": 4}
+"""The loader knows no other number of blocks and heads than checkpoints have."""
+
+
 def cosmos(kind: str = "cosmos", seed: int = 0) -> StateDict:
     """A Cosmos-Predict2-format model of random weights, as ``cosmos_model`` builds it."""
     return randomize(cosmos_model(kind).state_dict(), seed)
 
 
 def cosmos_model(kind: str) -> torch.nn.Module:
-    """ComfyUI's class of Cosmos Predict2 (cosmos) or of Anima; the loader knows no other number of blocks and heads for
-    a width that no checkpoint has, and Anima's adapter in full size alone."""
+    """ComfyUI's class of Cosmos Predict2 (cosmos) or of Anima."""
     from comfy.ldm.anima.model import Anima
     from comfy.ldm.cosmos.predict2 import MiniTrainDIT
 
@@ -324,9 +333,7 @@ def cosmos_model(kind: str) -> torch.nn.Module:
         out_channels=16,
         patch_spatial=2,
         patch_temporal=1,
-        model_channels=192,
-        num_blocks=10,
-        num_heads=16,
+        **COSMOS,
         pos_emb_cls="rope3d",
         use_adaln_lora=True,
         rope_enable_fps_modulation=False,

@@ -32,6 +32,7 @@ interface GraphNode {
   id: number | string;
   comfyClass?: string;
   type: string;
+  title: string;
   mode: number;
   graph: Graph;
   subgraph?: Subgraph;
@@ -39,6 +40,9 @@ interface GraphNode {
   inputs: Slot[];
   outputs: Slot[];
   widgets?: Widget[];
+  /** Of a node that is not installed: what it was saved with. */
+  widgets_values?: unknown;
+  flags?: { collapsed?: boolean };
   badges: (Badge | (() => Badge))[];
   pos: [number, number];
   size: [number, number];
@@ -62,6 +66,7 @@ interface GraphNode {
 }
 
 interface Graph {
+  id: string;
   nodes: GraphNode[];
   rootGraph?: Graph;
   add(node: GraphNode): void;
@@ -109,6 +114,8 @@ interface App {
     emitBeforeChange(): void;
     emitAfterChange(): void;
     selectItems(nodes: GraphNode[]): void;
+    animateToBounds(bounds: [number, number, number, number]): void;
+    ds: { offset: [number, number]; scale: number; element: HTMLCanvasElement };
   };
   extensionManager: {
     setting: { get(id: string): unknown };

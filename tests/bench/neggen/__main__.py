@@ -56,7 +56,7 @@ def draw(options: argparse.Namespace) -> int:
         store.plan(template, runs, *planned(options))
         with toy_server(not options.server) as server:
             addresses = [server.address] if server else options.server
-            failed = drawing.draw(store, addresses, options.depth, options.patience, options.timeout)
+            failed = drawing.draw(store, addresses, options.depth, options.patience, options.timeout, options.mixed)
         print(f"{len(store.cells())} of {len(store.cells(drawn=False))} pictures are in {store.folder}")
     return 1 if failed else 0
 
@@ -156,7 +156,7 @@ def search(options: argparse.Namespace) -> int:
         addresses = [server.address] if server else options.server
 
         def measure() -> None:
-            drawing.draw(store, addresses, options.depth, options.patience, options.timeout)
+            drawing.draw(store, addresses, options.depth, options.patience, options.timeout, options.mixed)
             judge_missing(store, options, name, model)
 
         answer = search(store, asked, options.trials, measure)
@@ -226,6 +226,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     servers.add_argument("--depth", type=count, default=2, metavar="N", help="graphs in a server's queue at a time (2)")
     servers.add_argument("--patience", type=float, default=600, metavar="S", help="wait so long for a lost server")
     servers.add_argument("--timeout", type=float, default=3600, metavar="S", help="seconds for one picture (3600)")
+    servers.add_argument("--mixed", action="store_true", help="servers may differ in versions and GPU")
     judges = argparse.ArgumentParser(add_help=False)
     judges.add_argument("--endpoint", metavar="ADDRESS", help="OpenAI-compatible, such as http://127.0.0.1:8000/v1")
     judges.add_argument("--model", metavar="NAME", help="the model's name there; also the judge's in the report")

@@ -13,12 +13,15 @@ from hosting.errors import PromptFailed, ServerDied
 from tenacity import RetryError, Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 from tqdm import tqdm
 
+from neggen.fitness import estimate, fit
 from neggen.store import BadPicture, Job, Store, Unkept
 from neggen.threads import each
 from neggen.words import plain
 
 IDS = uuid.UUID("6f0c1a0e-6d4e-4c43-9d0b-0c6b1e6f9a51")
 CRASHES = 3
+ROW = 3
+"""So many failures in a row pause a server."""
 """A picture during which servers die this often is given up for this run."""
 LOOK = 0.25
 """Seconds between two looks at a server's memory while it draws."""
@@ -30,21 +33,36 @@ Outcome = tuple[str, str, str]
 """What became of a picture (drawn, failed, gone), the server, and the server's words."""
 
 
-def draw(store: Store, servers: Sequence[str], depth: int = 2, patience: float = 600, timeout: float = 3600) -> int:
+def draw(
+    store: Store,
+    servers: Sequence[str],
+    depth: int = 2,
+    patience: float = 600,
+    timeout: float = 3600,
+    mixed: bool = False,
+) -> int:
     """Draws all that is missing; gives the number of pictures that servers refused or failed at.
 
     depth: how many graphs a server has at a time, the running one included; patience: seconds after which a server that
-    is gone is given up; timeout: seconds for one graph. Raises ServerDied when all servers are given up.
+    is gone is given up; timeout: seconds for one graph; mixed: whether servers may differ. Raises ServerDied when all
+    servers are given up, and HostError when none can draw this.
     """
     servers = list(dict.fromkeys(address.rstrip("/") for address in servers))
     with store.alone():
         if lost := store.forget_lost():
             print(f"{lost} pictures are gone or damaged, and are drawn again", flush=True)
-        waiting = Waiting(store.jobs(), servers)
-        if not waiting.left:
+        if not (jobs := store.jobs()):
             return 0
+        machines = fit(servers, jobs, mixed)
+        print(estimate(len(jobs), machines, store.usual_seconds()), flush=True)
+        servers = list(machines)
+        waiting = Waiting(jobs, servers)
         watch, failed, crashes = Watch(servers, patience), 0, Counter[str]()
-        work = each(servers * depth, waiting.take, lambda server, job: _draw(store, server, job, timeout))
+
+        def one(server: str, job: Job) -> Outcome:
+            return _draw(store, server, job, timeout, machines[server])
+
+        work = each(servers * depth, waiting.take, one)
         try:
             with tqdm(total=waiting.left, desc="drawing", unit="picture", smoothing=0.1) as bar:
                 for job, outcome in work:
@@ -52,10 +70,15 @@ def draw(store: Store, servers: Sequence[str], depth: int = 2, patience: float =
                         raise outcome
                     what, server, words = outcome
                     watch.note(server, what == "gone", bar)
+                    if what != "gone" and watch.fails(server, what == "failed", bar):
+                        waiting.pause(server)
                     waiting.servers = watch.servers
                     crashes[job.key] += what == "gone" and words != ""
                     if what == "gone" and crashes[job.key] < CRASHES:
                         waiting.again(job)
+                        continue
+                    if what == "failed" and waiting.elsewhere(job, server):
+                        watch.say(words, bar)
                         continue
                     waiting.done()
                     if what != "drawn":
@@ -74,18 +97,45 @@ class Waiting:
 
     def __init__(self, jobs: Sequence[Job], servers: Sequence[str]) -> None:
         self.servers, self.left = list(servers), len(jobs)
+        self.paused: set[str] = set()
         self._jobs, self._changed = list(jobs), Condition()
+        self._failed: dict[str, str] = {}
 
     def take(self, server: str) -> Job | None:
         """The next picture for a server, once there is one; None when there will be none."""
         with self._changed:
-            while self.left and server in self.servers:
+            while self.left and server in self.servers and server not in self.paused:
                 for job in self._jobs:
-                    if job.server not in self.servers or job.server == server:
+                    if self._may(server, job):
                         self._jobs.remove(job)
                         return job
                 self._changed.wait(1.0)
         return None
+
+    def _may(self, server: str, job: Job) -> bool:
+        free = self._free()
+        if failed := self._failed.get(job.key):
+            return server != failed or free == [failed]
+        return job.server not in free or job.server == server
+
+    def _free(self) -> list[str]:
+        return [server for server in self.servers if server not in self.paused]
+
+    def pause(self, server: str) -> None:
+        """It gets no more; what waits for it may go elsewhere."""
+        with self._changed:
+            self.paused.add(server)
+            self._changed.notify_all()
+
+    def elsewhere(self, job: Job, server: str) -> bool:
+        """Whether another server may try what one has failed at: once for each picture."""
+        with self._changed:
+            if job.key in self._failed or not [other for other in self._free() if other != server]:
+                return False
+            self._failed[job.key] = server
+            self._jobs.insert(0, job)
+            self._changed.notify_all()
+            return True
 
     def again(self, job: Job) -> None:
         """Somebody has to draw it after all."""
@@ -112,6 +162,8 @@ class Watch:
     def __init__(self, servers: Sequence[str], patience: float) -> None:
         self.servers, self.patience = list(servers), patience
         self._gone: dict[str, float] = {}
+        self._row = Counter[str]()
+        self._paused: set[str] = set()
         self._said: set[str] = set()
 
     def note(self, server: str, gone: bool, bar: tqdm) -> None:
@@ -128,6 +180,16 @@ class Watch:
         if not self.servers:
             raise ServerDied("no server answers any more; start one and run the same command again, nothing is lost")
 
+    def fails(self, server: str, failed: bool, bar: tqdm) -> bool:
+        """Hears whether a server failed at a picture; whether it gets no more, after three in a row."""
+        self._row[server] = self._row[server] + 1 if failed else 0
+        others = [other for other in self.servers if other != server and other not in self._paused]
+        if self._row[server] < ROW or not others or server in self._paused:
+            return False
+        self._paused.add(server)
+        bar.write(f"{server} failed at {ROW} pictures in a row and gets no more in this run; others draw them")
+        return True
+
     def say(self, words: str, bar: tqdm) -> None:
         """Shows an error once, however many pictures have it."""
         if words not in self._said:
@@ -135,14 +197,14 @@ class Watch:
             bar.write(words)
 
 
-def _draw(store: Store, address: str, job: Job, timeout: float) -> Outcome:
+def _draw(store: Store, address: str, job: Job, timeout: float, machine: str) -> Outcome:
     """In a server's thread: draws one picture on it, and keeps it. An odd answer costs this picture alone."""
     client, posted = ComfyClient(address, timeout), False
     try:
         if not _answers(client):
             return "gone", address, ""
         posted = True
-        store.drawn(job.key, *_fetch(client, store, job))
+        store.drawn(job.key, *_fetch(client, store, job), machine=machine)
     except ServerDied as error:
         return "gone", address, plain(error) if posted and not _answers(client) else ""
     except Unkept:
@@ -167,12 +229,15 @@ def _answers(client: ComfyClient) -> bool:
 
 
 @contextmanager
-def _memory(client: ComfyClient) -> Iterator[list[int]]:
-    """While open, appends the bytes in use on the server's devices, four times a second."""
+def _memory(client: ComfyClient, runs: Event) -> Iterator[list[int]]:
+    """While open, and once the graph ``runs``, appends the bytes in use on the server's devices, 4 times a second."""
     seen: list[int] = []
     done = Event()
 
     def look() -> None:
+        while not runs.wait(LOOK):
+            if done.is_set():
+                return
         over = False
         while not over:
             with suppress(ServerDied, PromptFailed):  # a busy server misses a look
@@ -202,8 +267,9 @@ def _fetch(client: ComfyClient, store: Store, job: Job) -> tuple[bytes, float | 
         done = client.history(prompt_id)
     if not done:
         store.asked(job.key, client.address)
-        with _memory(client) as seen:
-            client.run(job.graph, prompt_id=prompt_id)
+        runs = Event()
+        with _memory(client, runs) as seen:
+            client.run(job.graph, lambda *_: runs.set(), prompt_id=prompt_id)
         done = client.history(prompt_id)
     status = done.get("status", {})
     if status.get("status_str") != "success":

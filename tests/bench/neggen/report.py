@@ -94,6 +94,7 @@ class Results:
             for judge, found in self.given.items()
         }
         self.asked, self.errors = len(store.cells(drawn=False)), store.errors()
+        self.machines = store.machines()
         self.pairs = list(dict.fromkeys(cell.pair for cell in self.cells))
         self.seeds = sorted({cell.seed for cell in self.cells})
         self.tables = {judge: self._table(judge) for judge in self.scores}

@@ -96,6 +96,8 @@ class Store:
             self._db = sqlite3.connect(folder / "results.sqlite", isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.executescript(SCHEMA)
+            if "machine" not in {row[1] for row in self._db.execute("PRAGMA table_info(pictures)")}:  # an older folder
+                self._db.execute("ALTER TABLE pictures ADD COLUMN machine TEXT")
 
     def close(self) -> None:
         with self._lock:
@@ -200,7 +202,9 @@ class Store:
         query = "UPDATE pictures SET error = ?, attempts = attempts + 1, server = NULL WHERE key = ?"
         self._do(query, error, key)
 
-    def drawn(self, key: str, png: bytes, seconds: float | None, memory: int | None = None) -> None:
+    def drawn(
+        self, key: str, png: bytes, seconds: float | None, memory: int | None = None, machine: str | None = None
+    ) -> None:
         """Keeps a picture: the file, then its row. Raises BadPicture for what is none, or not whole."""
         opened(png)
         path = self.path(key)
@@ -211,8 +215,17 @@ class Store:
                 file.flush()
                 os.fsync(file.fileno())
             part.replace(path)
-        query = "UPDATE pictures SET sha256 = ?, seconds = ?, memory = ?, error = NULL WHERE key = ?"
-        self._do(query, hashlib.sha256(png).hexdigest(), seconds, memory, key)
+        query = "UPDATE pictures SET sha256 = ?, seconds = ?, memory = ?, machine = ?, error = NULL WHERE key = ?"
+        self._do(query, hashlib.sha256(png).hexdigest(), seconds, memory, machine or None, key)
+
+    def usual_seconds(self) -> float | None:
+        """The mean of what pictures took by their servers' clocks; None where none is known."""
+        return self._do("SELECT AVG(seconds) FROM pictures WHERE seconds IS NOT NULL")[0][0]
+
+    def machines(self) -> list[tuple[str, int]]:
+        """What drew, as servers say it, and how many pictures each."""
+        query = "SELECT machine, COUNT(*) FROM pictures WHERE sha256 IS NOT NULL AND machine IS NOT NULL"
+        return self._do(f"{query} GROUP BY machine ORDER BY machine")
 
     def path(self, key: str) -> Path:
         return self.pictures / f"{key}.png"

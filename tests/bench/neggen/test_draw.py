@@ -111,11 +111,10 @@ def test_no_server(planned, monkeypatch):
 def test_what_a_server_refuses(server, tmp_path, capfd):
     store, template = Store(tmp_path), templates.load("flux_schnell")
     store.plan(template, template.runs[:1], pairs.load("ours")[:2], [1])
-    assert drawing.draw(store, [server.address]) == 2
-    assert capfd.readouterr().out.count("flux1-schnell.safetensors") == 1, "said once"
-    ((error, count),) = store.errors()
-    assert "UNETLoader" in error and count == 2 and len(store.jobs()) == 2, "the next run tries again"
-    assert [job.attempts for job in store.jobs()] == [1, 1]
+    with pytest.raises(HostError, match="no server has what these pictures need"):
+        drawing.draw(store, [server.address])
+    assert capfd.readouterr().out.count("flux1-schnell.safetensors (UNETLoader, unet_name)") == 1, "said once"
+    assert [job.attempts for job in store.jobs()] == [0, 0]
 
 
 def test_one_process_a_folder(planned):

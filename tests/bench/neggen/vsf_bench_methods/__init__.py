@@ -44,8 +44,8 @@ class _Rule:
         bare = [(tokens, {k: v for k, v in entry.items() if k != KEY}) for tokens, entry in positive]
         rule = getattr(baselines, self.RULE)(**numbers)
         negative = carried[0][0]
-        whole = self.PADDED and negative.padded is not None
-        tokens = negative.padded if whole else negative.tokens
+        whole = self.PADDED and negative["padded"] is not None
+        tokens = negative["padded"] if whole else negative["tokens"]
         return baselines.patched(model, rule, tokens), [list(entry) for entry in bare]
 
 

@@ -207,13 +207,13 @@ def _write(path: Path, state: StateDict) -> None:
 
 def to_wan(latents: Tensor) -> Tensor:
     """Latents [n, 16, ...] as Wan's sampler sees those that its decoder takes for them."""
-    mean, std = (t.view(-1, *[1] * (latents.ndim - 2)) for t in _wan_scale())
+    mean, std = (t.to(latents).view(-1, *[1] * (latents.ndim - 2)) for t in _wan_scale())
     return (latents / HUNYUAN_SCALE - mean) / std
 
 
 def from_wan(latents: Tensor) -> Tensor:
     """``to_wan`` undone."""
-    mean, std = (t.view(-1, *[1] * (latents.ndim - 2)) for t in _wan_scale())
+    mean, std = (t.to(latents).view(-1, *[1] * (latents.ndim - 2)) for t in _wan_scale())
     return (latents * std + mean) * HUNYUAN_SCALE
 
 

@@ -2,11 +2,11 @@
 
 import inspect
 import logging
-import os
 import re
 from collections.abc import Callable
 from functools import wraps
 from numbers import Number
+from os import environ
 from typing import Any
 
 import torch
@@ -98,7 +98,7 @@ _WIDGETS = {"INT": _whole, "FLOAT": _number, "BOOLEAN": _switch, "STRING": _word
 
 
 def is_strict() -> bool:
-    return os.environ.get(STRICT, "") not in ("", "0")
+    return environ.get(STRICT, "") not in ("", "0")
 
 
 def no_effect(message: str) -> None:

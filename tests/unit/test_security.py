@@ -18,10 +18,24 @@ HARMLESS = {
     "dataclasses",
     "functools",
     "importlib",
+    "inspect",
     "itertools",
     "logging",
 }
-HARMLESS |= {"json", "math", "numpy", "PIL", "re", "sys", "threading", "torch", "typing", "unicodedata", "weakref"}
+HARMLESS |= {
+    "json",
+    "math",
+    "numbers",
+    "numpy",
+    "PIL",
+    "re",
+    "sys",
+    "threading",
+    "torch",
+    "typing",
+    "unicodedata",
+    "weakref",
+}
 HARMLESS |= {"sageattention", "flash_attn", "xformers", "triton", "os.environ", "__future__"}
 """Modules, or names of modules, that the pack may import; of these, ``torch`` and ``comfy`` can read files."""
 BUILTINS = {"eval", "exec", "compile", "open", "input", "breakpoint", "__import__"}

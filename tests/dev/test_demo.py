@@ -51,7 +51,13 @@ def test_the_command_that_people_type(comfyui, tiny_models, tmp_path):
     assert_differ(done.stdout, "png", 1)
 
 
-@pytest.mark.parametrize(("family", "kind", "frames"), [("flux", "png", 1), ("wan", "webp", 13)])
+@pytest.mark.parametrize(
+    ("family", "kind", "frames"),
+    [
+        pytest.param("flux", "png", 1, marks=pytest.mark.long),
+        ("wan", "webp", 13),
+    ],
+)
 def test_demo_of_another_family(server, tmp_path, capsys, family, kind, frames):
     status = demo.main([server.address, str(TOY / "demo" / f"{family}.json"), str(tmp_path)])
     shown = capsys.readouterr()

@@ -16,7 +16,7 @@ from hosting.toy_graphs import node, picture, stock, with_vsf
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = ROOT / "tests" / "toy"
-GRAPHS = 204
+GRAPHS = 100
 BLOCKS = {
     "sd3": ["", "all", "double:0-1", "double:-0"],
     "flux": ["", "single", "double:0,single:1-"],

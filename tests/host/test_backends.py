@@ -241,7 +241,10 @@ for family in t.FAMILIES:
 
 @pytest.mark.parametrize(
     ("switch", "name"),
-    [("cpu", "attention_sub_quad"), ("use_split_cross_attention", "attention_split")],
+    [
+        pytest.param("cpu", "attention_sub_quad", marks=pytest.mark.long),
+        ("use_split_cross_attention", "attention_split"),
+    ],
     ids=["no switch, on a CPU", "--use-split-cross-attention"],
 )
 def test_command_line_switches(pack, switch, name):

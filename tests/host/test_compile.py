@@ -60,7 +60,11 @@ def runs(pack, family, order="compile first", apply=lambda model: model):
 
 @pytest.mark.parametrize(
     ("family", "order", "method"),
-    [("sd3", "compile first", "ong"), ("flux", "vsf first", "nasa"), ("wan", "compile first", "ong")],
+    [
+        pytest.param("sd3", "compile first", "ong", marks=pytest.mark.long),
+        ("flux", "vsf first", "nasa"),
+        ("wan", "compile first", "ong"),
+    ],
 )
 def test_no_graph_is_taken_for_another(pack, family, order, method):
     """Stock and VSF in turn, over lengths that make dynamo's graphs dynamic, settings and negatives; no graph break."""

@@ -235,10 +235,9 @@ def test_the_released_pipeline_knows_two_families_alone(pack, name, model):
         pack.patch(model, layout="released")
 
 
-def test_compiled_whole(request, pack, name, case, model):
+@pytest.mark.long
+def test_compiled_whole(pack, name, case, model):
     """ComfyUI's TorchCompileModel: no graph break of ours, and no graph of stock or of another negative is mistaken."""
-    if name != "ltxv" and not request.config.getoption("--long"):
-        pytest.skip("half a minute each; --long runs it")
     torch._dynamo.reset()
     compiled, options = model.clone(), {"guard_filter_fn": skip_torch_compile_dict}
     in_pieces = name == "hunyuan 1.5" or name.startswith("ltx2")  # ComfyUI's own code of these breaks the graph

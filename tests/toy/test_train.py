@@ -41,7 +41,9 @@ def asked(family, out, *more):
     return train.parse([f"--family={family}", f"--out={out}", "--codec=x", "--steps=4", "--anneal=0.5", *TINY, *more])
 
 
-@pytest.mark.parametrize("family", train.FAMILIES)
+@pytest.mark.parametrize(
+    "family", [name if name == "sd3" else pytest.param(name, marks=pytest.mark.long) for name in train.FAMILIES]
+)
 def test_a_step_learns(family, tmp_path):
     """The same batch costs less and less."""
     comfy.model_management.in_training = True

@@ -20,9 +20,9 @@ from neggen.words import plain
 
 IDS = uuid.UUID("6f0c1a0e-6d4e-4c43-9d0b-0c6b1e6f9a51")
 CRASHES = 3
+"""A picture during which servers die this often is given up for this run."""
 ROW = 3
 """So many failures in a row pause a server."""
-"""A picture during which servers die this often is given up for this run."""
 LOOK = 0.25
 """Seconds between two looks at a server's memory while it draws."""
 BREATH = 5.0

@@ -39,7 +39,8 @@ class Server:
     def memory(self):
         return 1
 
-    def run(self, graph, prompt_id):
+    def run(self, graph, on_progress, prompt_id):
+        on_progress()
         if Server.wait:
             Server.wait.wait(20)
         self.graph, self.oddity = graph, Server.oddities.pop() if Server.oddities else None

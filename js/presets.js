@@ -104,11 +104,7 @@ function* allNodes(graph) {
 app.registerExtension({
   name: "VSF.Presets",
   nodeCreated(node) {
-    if (node.comfyClass !== PATCH) return;
-    // the classic renderer folds what Nodes 2.0 folds, behind its own "Show Advanced" in the node's menu
-    for (const widget of node.widgets ?? []) widget.advanced = widget.options?.advanced;
-    addPresets(node);
-    node.setSize(node.computeSize());
+    if (node.comfyClass === PATCH) addPresets(node);
   },
   setup() {
     onGraphChange(() => {

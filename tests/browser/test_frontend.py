@@ -318,17 +318,6 @@ def test_presets_set_the_numbers_that_are_sent(demo, shot):
     assert saved == [2, 0.2, 0, 1, "", "paper", True, "vsf", 5, 0.25, 2.5, 0.25, 3]
 
 
-def test_advanced_inputs_are_folded_until_asked_for(demo):
-    if demo.renderer == "vue":
-        return  # folded by Nodes 2.0 itself
-    shown = """() => { const n = t.one("VSFModelPatch");
-        return n.widgets.filter(w => n.isWidgetVisible(w)).map(w => w.name) }"""
-    first = demo.evaluate(shown)
-    assert "scale" in first and "preset" in first and "nag_tau" not in first
-    demo.evaluate("() => t.one('VSFModelPatch').toggleAdvanced()")
-    assert {"nag_tau", *first} <= set(demo.evaluate(shown))
-
-
 def test_presets_are_of_one_method(demo):
     state = "() => [t.widget('VSFModelPatch', 'preset').value, t.widget('VSFModelPatch', 'method').value]"
     assert demo.evaluate(state) == ["hard", "vsf"]

@@ -21,8 +21,6 @@ interface Widget {
   label?: string;
   tooltip?: string;
   serialize?: boolean;
-  advanced?: boolean;
-  options?: { advanced?: boolean };
   callback?: (this: unknown, value: unknown, ...more: unknown[]) => unknown;
 }
 
@@ -49,7 +47,6 @@ interface GraphNode {
   pos: [number, number];
   size: [number, number];
   setSize(size: [number, number]): void;
-  computeSize(): [number, number];
   setDirtyCanvas?(foreground: boolean, background: boolean): void;
   connect(slot: number, target: GraphNode, targetSlot: number): Link | null | undefined;
   getInputLink?(slot: number): Link | null;

@@ -214,7 +214,7 @@ def test_broken_graphs_among_valid_ones_harm_nothing(server, times, tally):
         else:
             assert message and re.search(error, message, re.DOTALL), (i, error, message)
             failed += 1
-    assert min(refused, failed) >= 20 * times and len(queued) - failed >= 100 * times
+    assert min(refused, failed) >= 15 * times and len(queued) - failed >= 45 * times
     assert "on_prompt_handler" not in server.log(), "looking at a prompt failed"
     assert {family: picture(client, stock(family)) for family in BLOCKS} == before
     client._request("/free", b'{"unload_models": true, "free_memory": true}')  # nothing may come from a cache now

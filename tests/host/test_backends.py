@@ -128,7 +128,7 @@ def test_each_device_has_a_backend_of_its_own(pack, models, monkeypatch):
     patch = pack.patch(models["sd3"]).get_all_wrappers(WrappersMP.APPLY_MODEL)[0].__self__
     one = types.SimpleNamespace(backends={}, family=patch.family, head_dim=64)
     devices = (torch.device(name) for name in ("cpu", "meta", "cpu"))
-    made = [run.Run.backend(one, {}, device, models["sd3"].model, 18) for device in devices]
+    made = [run.Run.backend(one, {}, device, model=models["sd3"].model, keys=18) for device in devices]
     assert asked == ["cpu", "meta"] and made[0] is made[2] is not made[1]
 
 

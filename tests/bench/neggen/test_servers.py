@@ -124,24 +124,25 @@ def planned(folder, pictures):
     return store
 
 
-def test_many_servers(stubs, tmp_path, monkeypatch, capfd):
-    """One refuses all, one dies, one is slow, one has not the nodes: every picture is drawn once."""
+def test_many_servers(stubs, tmp_path, monkeypatch, capfd, times):
+    """One refuses all, one dies, one is slow, one lacks a node: every picture is drawn once (with --long 2,000 of them)."""
+    pictures = 80 if times == 1 else 2000
     monkeypatch.setattr(drawing, "BREATH", 0.5)
     refusing, dying = stubs("refusing"), stubs(dies_after=3)
-    good = [stubs(), stubs(), stubs(seconds=0.05)]
+    good = [*(stubs() for _ in range(4)), stubs(seconds=0.05)]
     lacking = stubs("lacking")
     servers = [refusing, dying, *good, lacking]
-    store = planned(tmp_path, 80)
+    store = planned(tmp_path, pictures)
     assert drawing.draw(store, [stub.address for stub in servers], patience=1) == 0
-    assert len(store.cells()) == 80 and not store.jobs()
+    assert len(store.cells()) == pictures and not store.jobs()
     said = capfd.readouterr()
     assert f"{lacking.address} is left out: it has not the node" in said.out and not lacking.asked
     assert f"{refusing.address} failed at 3 pictures in a row" in said.err + said.out
     assert sum(refusing.asked.values()) <= 3 + 2 * 2, "a server that fails at all gets no more"
     drawn = sum((stub.asked for stub in good), Counter())
-    assert max(drawn.values()) == 1 and len(drawn) >= 80 - 3
-    assert "80 pictures on 5 servers, no time known yet" in said.out
-    assert store.machines() == [("ComfyUI 0.30.0, PyTorch 2, GPU A", 80)]
+    assert max(drawn.values()) == 1 and len(drawn) >= pictures - 3
+    assert f"{pictures} pictures on 7 servers, no time known yet" in said.out
+    assert store.machines() == [("ComfyUI 0.30.0, PyTorch 2, GPU A", pictures)]
     store.close()
 
 

@@ -125,7 +125,7 @@ def planned(folder, pictures):
 
 
 def test_many_servers(stubs, tmp_path, monkeypatch, capfd, times):
-    """One refuses all, one dies, one is slow, one lacks a node: every picture is drawn once (with --long 2,000 of them)."""
+    """One refuses all, one dies, one is slow, one lacks a node: each picture is drawn once (--long: 2,000)."""
     pictures = 80 if times == 1 else 2000
     monkeypatch.setattr(drawing, "BREATH", 0.5)
     refusing, dying = stubs("refusing"), stubs(dies_after=3)

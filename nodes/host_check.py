@@ -42,7 +42,8 @@ NEEDED = {
     ),
     "comfy.conds": ("CONDRegular(cond)", "CONDConstant(cond)", "CONDNoiseShape(cond)"),
     "comfy.ldm.modules.attention": (
-        "optimized_attention(q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape)",
+        "optimized_attention",  # some of those it may be name their arguments otherwise
+        "attention_pytorch(q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape)",
         "'optimized_attention_override'",
     ),
     "comfy.model_management": ("InterruptProcessingException", "OOM_EXCEPTION"),

@@ -99,6 +99,8 @@ class ForwardContext:
     """[layer groups, B, image tokens]: 1 - W, summed over blocks; None without VSF Record."""
     largest: Tensor
     """``Run.largest``."""
+    batch: int = 1
+    """Rows of what the network was called with; 1 where that was not seen."""
     calls: int = 0
     """Attentions over text so far that no block patch enclosed."""
     cached_keys: int = 0
@@ -208,7 +210,7 @@ class ForwardContext:
 
     def check_rows(self, rows: int) -> None:
         """Raises ``RuntimeError`` where an attention over text is called with another batch than the pass has."""
-        batch = max(self.alpha.shape[0], self.beta.shape[0])
+        batch = max(self.alpha.shape[0], self.beta.shape[0], self.batch)
         if batch not in (1, rows):
             raise RuntimeError(
                 f"VSF: this step has {batch} rows in its batch, but another node calls the attention over text with "

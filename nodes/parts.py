@@ -64,6 +64,7 @@ def begin_part(forward: ForwardContext, network: Any, x: Tensor | Sequence[Tenso
         padding=_cut_rows(forward.padding, here),
         padding_as_text=_cut_rows(forward.padding_as_text, here),
         reached=reached,
+        batch=count,
         calls=0,
         cached_keys=0,
         keys_before=None,

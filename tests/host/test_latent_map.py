@@ -243,7 +243,7 @@ def test_windows_keep_few_negatives_ready(pack):
 
     def look(executor, *args, **kw):
         out = executor(*args, **kw)
-        kept.add(len(args[4]["transformer_options"]["vsf_run"].ready))
+        kept.add(len(args[4]["transformer_options"]["vsf_run"].value.ready))
         return out
 
     model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.CALC_COND_BATCH, "look", look)

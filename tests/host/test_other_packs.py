@@ -141,17 +141,12 @@ def test_a_second_text_in_the_same_block(pack):
 
 @pytest.mark.parametrize("run", [{"cfg": 2.5}, {"batch": 2}])
 def test_attention_over_half_of_the_batch(pack, run):
-    """Where all rows have the same negative and numbers, any of them will do."""
     case, model = CASES["wan"], model_of("wan")
     attached = pack.negative(case.prompt(), negative=case.negative())
     theirs = attending_to_more(model, text(7, 77, 256), halves=True)
-    stock = case.run(theirs, case.prompt(), **run)
-    if "cfg" in run:
-        with pytest.raises(RuntimeError, match="2 rows in its batch, but .* with 1 of them.*input_type to batch"):
-            case.run(pack.patch(theirs), attached, **run)
-    else:
-        assert_close(case.run(pack.patch(theirs, offset=60), attached, **run), stock)
-        assert relative(case.run(pack.patch(theirs), attached, **run), stock) > 1e-3
+    case.run(theirs, case.prompt(), **run)
+    with pytest.raises(RuntimeError, match="2 rows in its batch, but .* with 1 of them.*input_type to batch"):
+        case.run(pack.patch(theirs), attached, **run)
     whole = attending_to_more(model, text(7, 77, 256))
     stock = case.run(whole, case.prompt(), **run)
     assert_close(case.run(pack.patch(whole, offset=60), attached, **run), stock)

@@ -14,6 +14,7 @@ import torch
 from comfy.supported_models_base import ClipTarget
 from encoders import make_clip, make_flux_clip, make_wan_clip, randomized
 from helpers import assert_close, carried, conditioning, load_flux, load_sd3, load_wan, relative, sample, text
+from hosting.client import run_in_thread
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -460,7 +461,6 @@ def test_what_no_input_can_be(pack, sockets, name):
 @pytest.mark.parametrize("name", NODES)
 def test_what_comfyui_converts_is_taken(pack, name):
     """Whatever a widget may be set to in an API call, a link may bring too, and it becomes the same."""
-    import asyncio
     import importlib
 
     import execution
@@ -483,7 +483,7 @@ def test_what_comfyui_converts_is_taken(pack, name):
         ]
         for value in [*values, *(getattr(one, "options", None) or ())] if hasattr(one, "default") else ():
             prompt = {"1": {"class_type": f"VSF{name}", "inputs": {one.id: value}}}
-            errors = asyncio.run(execution.validate_inputs("", prompt, "1", {}))[1]
+            errors = run_in_thread(execution.validate_inputs("", prompt, "1", {}))[1]
             if not any(error["extra_info"].get("input_name") == one.id for error in errors):
                 converted = prompt["1"]["inputs"][one.id]
                 assert fitted(one, converted) == converted

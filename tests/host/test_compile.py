@@ -17,6 +17,10 @@ FAMILIES = {
     "flux": (load_flux, 64, 768, (8, 12)),
     "wan": (load_wan, 4096, 1, (2, 8, 12)),
 }
+ONE_FAMILY = pytest.mark.parametrize(
+    "family", ["flux", *(pytest.param(name, marks=pytest.mark.long) for name in ("sd3", "wan"))]
+)
+"""Each compiles for some ten seconds; Flux has both kinds of blocks."""
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +67,7 @@ def runs(pack, family, order="compile first", apply=lambda model: model):
     [
         pytest.param("sd3", "compile first", "ong", marks=pytest.mark.long),
         ("flux", "vsf first", "nasa"),
-        ("wan", "compile first", "ong"),
+        pytest.param("wan", "compile first", "ong", marks=pytest.mark.long),
     ],
 )
 def test_no_graph_is_taken_for_another(pack, family, order, method):
@@ -96,7 +100,7 @@ def test_other_negatives_reuse_the_graph(pack):
     assert counters["stats"]["unique_graphs"] == before > 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@ONE_FAMILY
 def test_a_block_patch_in_a_compiled_model(pack, family):
     """Flux's last double block has the text alone, and the next one text and picture in one stream."""
 
@@ -213,7 +217,7 @@ def test_blocks_that_came_compiled(pack):
     assert 0 < made[0] < made[1] < made[2] == made[-1]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@ONE_FAMILY
 def test_the_attention_map(pack, family):
     """A graph made without VSF Record is not taken for one with it."""
     load, width, pooled, size = FAMILIES[family]
@@ -238,7 +242,7 @@ def test_the_attention_map(pack, family):
             torch.testing.assert_close(kept.mean(), expected.mean(), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["flux", "wan"])
+@pytest.mark.parametrize("family", [pytest.param("flux", marks=pytest.mark.long), "wan"])
 def test_the_fused_kernel_is_kept_as_one_call(pack, monkeypatch, family):
     """No graph break, over lengths that make graphs dynamic; the other ways' graphs are not taken for its own."""
     with triton_interpreted():

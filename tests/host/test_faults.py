@@ -376,7 +376,7 @@ def test_a_run_leaves_no_object(subject, end):
 
 def test_nothing_piles_up_over_many_runs(subject, times, tally):
     """New settings, negatives and masks each time; every fifth run fails."""
-    runs, warm_up = 80 * times, 10
+    runs, warm_up = 40 * times, 10
 
     def one(i):
         width = subject.positive[0][0].shape[2]

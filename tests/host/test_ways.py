@@ -12,7 +12,7 @@ from hosting.interpreter import triton_interpreted
 
 WORDS = {"fused": "fused kernel", "merge": "log-sum-exp merge (", "mask": "row mask (", "reference": "reference"}
 FORCE = "VSF_ATTENTION"
-SLOW = {"flux.2 dev", "flux.2 klein", "anima", "cosmos", "sd1"}
+SLOW = {"flux.2 dev", "flux.2 klein", "anima", "cosmos", "sd1", "kontext", "ltxv", "sd3.5 medium"}
 """In the interpreter; others like them are tried."""
 NAG = {"method": "nag", "nag_scale": 3.0, "nag_alpha": 0.5, "nag_tau": 1.2}
 

@@ -113,12 +113,12 @@ def test_shapes(path, dtype, before, image, positive, negative, batch, heads, di
         (33, 130, 77, 0.5, 1, 128),
         (1, 1, 1, 1.0, 2, 40),
         (20, 3, 40, 0.0, 1, 256),
-        (9, 9, 1000, 0.5, 1, 16),
+        (9, 9, 300, 0.5, 1, 16),
         (65, 1, 64, 1.0, 1, 100),
     ],
 )
 def test_shapes_in_one_launch(dtype, image, positive, negative, before, batch, dim):
-    """The same, as small as Triton's interpreter likes it: 1 to 1,000 tokens, head dimensions from 16 to 256."""
+    """The same, as small as Triton's interpreter likes it: 1 to 300 tokens, head dimensions from 16 to 256."""
     layout = placed(image, positive, negative, before)
     q, k, v = make(layout, batch=batch, heads=3 - batch, dim=dim, dtype=DTYPES[dtype], spread=4.0)
     alpha, beta = torch.full((1, 1, 1), 3.3), torch.full((1, 1, 1), 0.2)
@@ -398,7 +398,7 @@ def test_a_key_mask(path, before):
     assert relative(hidden[:, :, keep], plain) < 1e-5
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     data=st.data(),
     image=st.integers(1, 40),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import reduce
 
 import torch
+from scenes import Colour
 from torch import Tensor
 
 SIZE = 128
@@ -19,7 +20,6 @@ LIGHT = 0.11
 RIM = 0.16
 """How much darker a shape is at its edge, as if it were round."""
 
-Colour = tuple[float, float, float]
 Shape = tuple[str | float, ...]
 """A kind and its numbers:
 

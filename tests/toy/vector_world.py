@@ -2,73 +2,28 @@
 
 Every object has a body and two or three essential parts. A part is drawn in 97.5% of the scenes whether or not the
 caption names it; captions never say "without". Each part has a colour that nothing else in its object has, so that
-pixels of that colour say whether it is there. Some scenes show parts alone ("a hat"), or a body and but one part, so
-that a part's word means something by itself.
+pixels of that colour say whether it is there: the first layer of a form that is no hint has it. Some scenes show parts
+alone ("a hat"), or a body and but one part, so that a part's word means something by itself.
 
 Lengths are pixels. Shapes live in the object's own axes: u to the right from its middle, v upward from the ground.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from shapes import SIZE, Canvas, Colour, Layer, Shape, distance, grid
+from scenes import Array, Cast, Colour, Mask, Part, Scenes, Thing
+from shapes import SIZE, Canvas, Layer, Shape, distance, grid
 from torch import Tensor
 
 SPEED = 7.0
 """How far an object in a clip glides at most between two latent frames, in pixels."""
-PRESENT = 0.975
-"""How often an essential part is drawn."""
 ALONE = 0.3
 """How often a scene shows some parts alone, or with a body and no other part; its caption names just these."""
-BARE = 0.5
-"""How often there is no body in a scene of that kind."""
-NAMED, DETAILED, DESCRIBED = (0.1, 0.9), 0.6, 0.75
-"""How often a short and a detailed caption name a part of an object, how many captions are detailed, and how often a
-caption says the form of a part that it names. Where all else is named, what is not may well be missing: that, and its
-form, is what a part's word says. So a model looks for the word, as one does that learned from dense captions."""
 SPREAD = 0.03
 """Half-width of the uniform variation of a drawn thing's colour, each channel in 0..1."""
-
-Array = npt.NDArray[np.float32]
-Mask = npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Part:
-    """An essential part. forms: adjective -> layers; pivot: the point (u, v) about which it grows. The first layer of a
-    form that is no hint has the part's own colour."""
-
-    name: str
-    colour: Colour
-    pivot: tuple[float, float]
-    forms: dict[str, tuple[Layer, ...]] = field(hash=False)
-    shift: tuple[float, float] = (0.0, 0.0)
-    behind: bool = False
-
-    @property
-    def phrase(self) -> str:
-        """With its article: "a hat", "wheels"."""
-        return self.name if self.name in PLURALS else f"a {self.name}"
-
-
-@dataclass(frozen=True)
-class Thing:
-    """A main object: its body and its parts. colour: most of the body's."""
-
-    name: str
-    colour: Colour
-    body: tuple[Layer, ...]
-    parts: tuple[Part, ...]
-    water: bool = False
-
-    def part(self, name: str) -> Part:
-        return next(part for part in self.parts if part.name == name)
-
-
-PLURALS = {"wheels", "apples", "candles", "cherries", "ears", "luggage", "portholes"}
 
 RED, BLACK, BROWN, WHITE = (0.86, 0.12, 0.14), (0.10, 0.10, 0.12), (0.50, 0.30, 0.14), (0.97, 0.97, 0.99)
 GLASS, ORANGE, PURPLE, BLUE = (0.16, 0.44, 0.90), (1.00, 0.55, 0.10), (0.47, 0.22, 0.68), (0.16, 0.36, 0.90)
@@ -457,49 +412,14 @@ SUN = ((1.00, 0.88, 0.30), (0.96, 0.95, 0.84), (1.00, 0.82, 0.44))
 CLOUD = ((1.00, 1.00, 1.00), (0.50, 0.52, 0.76), (1.00, 0.84, 0.78))
 LIGHTS = ((1.0, 1.0, 1.0), (0.84, 0.86, 0.98), (1.0, 0.92, 0.84))
 """What the light of each style makes of an object's colours."""
-EXTRAS = ("sun", "cloud", "hill")
 
 VALIDATION = ("tree", "car", "cake", "boat")
 TEST = ("house", "snowman", "bicycle", "cat")
 NUMBERS = 96
 
-
-def pairs(names: Sequence[str]) -> list[tuple[str, str]]:
-    """(object, part) of each part of the named objects."""
-    return [(name, part.name) for name in names for part in BY_NAME[name].parts]
-
-
-@dataclass
-class Scenes:
-    """n scenes of one object. Columns of [n, parts] arrays follow ``thing.parts``, of [n, 3] arrays ``EXTRAS``."""
-
-    thing: Thing
-    style: npt.NDArray[np.int64]
-    whole: Mask
-    """Which scenes are not of some parts alone."""
-    body: Mask
-    present: Mask
-    form: npt.NDArray[np.int64]
-    extras: Mask
-    numbers: Array
-    """Uniform in -1..1 [n, NUMBERS]: every place, size and tint is made of these."""
-
-    def __len__(self) -> int:
-        return len(self.style)
-
-
-def sample_scenes(rng: np.random.Generator, thing: Thing, n: int, alone: float = ALONE) -> Scenes:
-    """n random scenes; ``alone`` is the share of those of some parts alone, at least one."""
-    parts = len(thing.parts)
-    present = rng.random((n, parts)) < PRESENT
-    whole = rng.random(n) >= alone
-    some = (rng.random((n, parts)) < 0.4) | (np.arange(parts) == rng.integers(parts, size=(n, 1)))
-    present = np.where(whole[:, None], present, some)
-    style = rng.choice(len(STYLES), size=n, p=STYLE_ODDS)
-    form = rng.integers(2, size=(n, parts))
-    extras = rng.random((n, len(EXTRAS))) < 0.4
-    numbers = rng.uniform(-1, 1, (n, NUMBERS)).astype(np.float32)
-    return Scenes(thing, style, whole, whole | (rng.random(n) >= BARE), present, form, extras, numbers)
+CAST = Cast(THINGS, STYLES, STYLE_ODDS, ALONE, NUMBERS)
+pairs, sample_scenes, words = CAST.pairs, CAST.sample_scenes, CAST.words
+caption, captions = CAST.caption, CAST.captions
 
 
 @dataclass(frozen=True)
@@ -627,45 +547,3 @@ def draw_clips(scenes: Scenes, frames: int, device: torch.device | str = "cpu") 
     pace = SPEED * scenes.numbers[:, -1]
     drawn = [draw(scenes, pace * (k - (frames - 1) / 2), device) for k in range(frames)]
     return Drawn(torch.stack([d.pictures for d in drawn], 2), torch.stack([d.parts for d in drawn], 2))
-
-
-def captions(rng: np.random.Generator, scenes: Scenes) -> list[str]:
-    """A caption for each scene; it names some of what is there, and nothing that is not."""
-    return [caption(rng, scenes, i) for i in range(len(scenes))]
-
-
-def caption(rng: np.random.Generator, scenes: Scenes, i: int) -> str:
-    """A caption for the scene i."""
-    start = rng.choice(["", "", "a photo of ", "a picture of "])
-    named = NAMED[int(rng.random() < DETAILED)] if scenes.whole[i] else 1.0
-    parts = [
-        _describe(rng, part, int(form))
-        for part, present, form in zip(scenes.thing.parts, scenes.present[i], scenes.form[i], strict=True)
-        if present and rng.random() < named
-    ]
-    rng.shuffle(parts)
-    extras = [
-        " and a " + ("moon" if name == "sun" and STYLES[scenes.style[i]] == "at night" else name)
-        for name, drawn in zip(EXTRAS, scenes.extras[i], strict=True)
-        if drawn and rng.random() < 0.4
-    ]
-    if scenes.body[i]:
-        words = f"a {scenes.thing.name}" + (f" with {' and '.join(parts)}" if parts else "")
-    else:
-        words = " and ".join(parts)
-    return " ".join([start + words + "".join(extras), STYLES[scenes.style[i]]]).strip()
-
-
-def _describe(rng: np.random.Generator, part: Part, form: int) -> str:
-    if rng.random() >= DESCRIBED:
-        return part.phrase
-    adjective = list(part.forms)[form]
-    return f"{adjective} {part.name}" if part.name in PLURALS else f"a {adjective} {part.name}"
-
-
-def words() -> list[str]:
-    """Every word that a caption can have, in a fixed order."""
-    named = [thing.name for thing in THINGS] + [part.name for thing in THINGS for part in thing.parts]
-    adjectives = [form for thing in THINGS for part in thing.parts for form in part.forms]
-    others = ["a", "photo", "picture", "of", "with", "and", "moon", *" ".join(STYLES).split()]
-    return list(dict.fromkeys([*others, *named, *EXTRAS, *adjectives]))

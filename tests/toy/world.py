@@ -8,68 +8,24 @@ Lengths are pixels. Shapes live in the object's own axes: u to the right from it
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
+from scenes import Array, Cast, Colour, Mask, Part, Scenes, Thing
 
 SIZE = 32
 SPEED = 2.5
 """How far an object in a clip glides at most between two latent frames, in pixels."""
-PRESENT = 0.975
-"""How often an essential part is drawn."""
 ALONE = 0.25
 """How often a scene shows some parts alone, or with a body and no other part; its caption names just these."""
-BARE = 0.5
-"""How often there is no body in a scene of that kind."""
-NAMED, DETAILED, DESCRIBED = (0.1, 0.9), 0.6, 0.75
-"""How often a short and a detailed caption name a part of an object, how many captions are detailed, and how often a
-caption says the form of a part that it names. Where all else is named, what is not may well be missing: that, and its
-form, is what a part's word says. So a model looks for the word, as one does that learned from dense captions."""
 SPREAD = 0.04
 """Half-width of the uniform variation of a drawn thing's colour, each channel in 0..1."""
 TOLERANCE = 0.22
 """Distance in RGB within which a pixel counts as a palette colour."""
 
-Array = npt.NDArray[np.float32]
-Mask = npt.NDArray[np.bool_]
-Colour = tuple[float, float, float]
 Shape = tuple[float | str, ...]
 
-
-@dataclass(frozen=True)
-class Part:
-    """An essential part. forms: adjective -> shapes; pivot: the point (u, v) about which it grows."""
-
-    name: str
-    colour: Colour
-    pivot: tuple[float, float]
-    forms: dict[str, tuple[Shape, ...]] = field(hash=False)
-    shift: tuple[float, float] = (0.0, 0.0)
-    behind: bool = False
-
-    @property
-    def phrase(self) -> str:
-        """With its article: "a roof", "wheels"."""
-        return self.name if self.name in PLURALS else f"a {self.name}"
-
-
-@dataclass(frozen=True)
-class Thing:
-    """A main object: its body and its parts. ground: what it stands on, by style."""
-
-    name: str
-    colour: Colour
-    body: tuple[Shape, ...]
-    parts: tuple[Part, ...]
-    water: bool = False
-
-    def part(self, name: str) -> Part:
-        return next(part for part in self.parts if part.name == name)
-
-
-PLURALS = {"wheels", "apples", "lamps", "candles", "hands", "bells", "feet"}
 
 RED, BLACK, BROWN, WHITE = (0.82, 0.08, 0.12), (0.04, 0.04, 0.04), (0.45, 0.25, 0.08), (0.97, 0.97, 0.98)
 CYAN, ORANGE, PURPLE, BLUE = (0.08, 0.86, 0.84), (1.00, 0.52, 0.02), (0.52, 0.08, 0.62), (0.10, 0.15, 0.92)
@@ -342,48 +298,13 @@ GRASS = {"day": (0.60, 0.86, 0.40), "night": (0.12, 0.36, 0.33)}
 WATER = {"day": (0.20, 0.46, 0.80), "night": (0.05, 0.28, 0.62)}
 HILL = {"day": (0.38, 0.66, 0.28), "night": (0.34, 0.30, 0.62)}
 SUN, CLOUD = (1.00, 0.87, 0.08), (0.72, 0.74, 0.78)
-EXTRAS = ("sun", "cloud", "hill")
 
 VALIDATION = ("tree", "car", "cake", "boat")
 TEST = ("house", "snowman", "bicycle", "clock")
 
-
-def pairs(names: Sequence[str]) -> list[tuple[str, str]]:
-    """(object, part) of each part of the named objects."""
-    return [(name, part.name) for name in names for part in BY_NAME[name].parts]
-
-
-@dataclass
-class Scenes:
-    """n scenes of one object. Columns of [n, parts] arrays follow ``thing.parts``, of [n, 3] arrays ``EXTRAS``."""
-
-    thing: Thing
-    style: npt.NDArray[np.int64]
-    whole: Mask
-    """Which scenes are not of some parts alone."""
-    body: Mask
-    present: Mask
-    form: npt.NDArray[np.int64]
-    extras: Mask
-    numbers: Array
-    """Uniform in -1..1 [n, 64]: every place, size and tint is made of these."""
-
-    def __len__(self) -> int:
-        return len(self.style)
-
-
-def sample_scenes(rng: np.random.Generator, thing: Thing, n: int, alone: float = ALONE) -> Scenes:
-    """n random scenes; ``alone`` is the share of those of some parts alone, at least one."""
-    parts = len(thing.parts)
-    present = rng.random((n, parts)) < PRESENT
-    whole = rng.random(n) >= alone
-    some = (rng.random((n, parts)) < 0.4) | (np.arange(parts) == rng.integers(parts, size=(n, 1)))
-    present = np.where(whole[:, None], present, some)
-    style = rng.choice(len(STYLES), size=n, p=STYLE_ODDS)
-    form = rng.integers(2, size=(n, parts))
-    extras = rng.random((n, len(EXTRAS))) < 0.4
-    numbers = rng.uniform(-1, 1, (n, 64)).astype(np.float32)
-    return Scenes(thing, style, whole, whole | (rng.random(n) >= BARE), present, form, extras, numbers)
+CAST = Cast(THINGS, STYLES, STYLE_ODDS, ALONE, 64)
+pairs, sample_scenes, words = CAST.pairs, CAST.sample_scenes, CAST.words
+captions = CAST.captions
 
 
 def draw_clips(scenes: Scenes, frames: int) -> Array:
@@ -469,47 +390,6 @@ def _inside(shape: Shape, u: Array, v: Array) -> Mask:
             c = (u0 - u2) * (v - v2) - (v0 - v2) * (u - u2)
             return ((a >= 0) & (b >= 0) & (c >= 0)) | ((a <= 0) & (b <= 0) & (c <= 0))
     raise ValueError(shape)
-
-
-def captions(rng: np.random.Generator, scenes: Scenes) -> list[str]:
-    """A caption for each scene; it names some of what is there, and nothing that is not."""
-    return [_caption(rng, scenes, i) for i in range(len(scenes))]
-
-
-def _caption(rng: np.random.Generator, scenes: Scenes, i: int) -> str:
-    start = rng.choice(["", "", "a photo of ", "a picture of "])
-    named = NAMED[int(rng.random() < DETAILED)] if scenes.whole[i] else 1.0
-    parts = [
-        _describe(rng, part, int(form))
-        for part, present, form in zip(scenes.thing.parts, scenes.present[i], scenes.form[i], strict=True)
-        if present and rng.random() < named
-    ]
-    rng.shuffle(parts)
-    extras = [
-        " and a " + ("moon" if name == "sun" and STYLES[scenes.style[i]] == "at night" else name)
-        for name, drawn in zip(EXTRAS, scenes.extras[i], strict=True)
-        if drawn and rng.random() < 0.4
-    ]
-    if scenes.body[i]:
-        words = f"a {scenes.thing.name}" + (f" with {' and '.join(parts)}" if parts else "")
-    else:
-        words = " and ".join(parts)
-    return " ".join([start + words + "".join(extras), STYLES[scenes.style[i]]]).strip()
-
-
-def _describe(rng: np.random.Generator, part: Part, form: int) -> str:
-    if rng.random() >= DESCRIBED:
-        return part.phrase
-    adjective = list(part.forms)[form]
-    return f"{adjective} {part.name}" if part.name in PLURALS else f"a {adjective} {part.name}"
-
-
-def words() -> list[str]:
-    """Every word that a caption can have, in a fixed order."""
-    named = [thing.name for thing in THINGS] + [part.name for thing in THINGS for part in thing.parts]
-    adjectives = [form for thing in THINGS for part in thing.parts for form in part.forms]
-    others = ["a", "photo", "picture", "of", "with", "and", "moon", *" ".join(STYLES).split()]
-    return list(dict.fromkeys([*others, *named, *EXTRAS, *adjectives]))
 
 
 def batches(

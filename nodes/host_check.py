@@ -91,7 +91,7 @@ WHERE_PRESENT = {
         "IndexListContextHandler().latent_retain_index_list",
     ),
     "comfy.ldm.modules.attention": (
-        *("attention_pytorch", "attention_sage", "attention_flash", "attention_xformers", "'attn2_patch'", "'block'"),
+        *("attention_sage", "attention_flash", "attention_xformers", "'attn2_patch'", "'block'"),
     ),
     "comfy.ldm.modules.diffusionmodules.openaimodel": (
         *("UNetModel().input_blocks", "UNetModel().middle_block", "UNetModel().output_blocks"),

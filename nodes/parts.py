@@ -77,10 +77,15 @@ def begin_part(forward: ForwardContext, network: Any, x: Tensor | Sequence[Tenso
     return part
 
 
+def _numbers(forward: ForwardContext) -> list[Tensor]:
+    """What may have a row for each of the batch."""
+    own = (forward.alpha, forward.beta, forward.padding, forward.padding_as_text)
+    return [t for t in own if t is not None]
+
+
 def _rows_of(forward: ForwardContext) -> int:
     """How many rows of a batch have numbers of their own; 1 where all share them."""
-    numbers = (forward.alpha, forward.beta, forward.padding, forward.padding_as_text)
-    return max(t.shape[0] for t in numbers if t is not None)
+    return max(t.shape[0] for t in _numbers(forward))
 
 
 def _first(given: Sequence[Any]) -> tuple[Tensor, ...]:
@@ -109,8 +114,7 @@ def _same(ours: Tensor, theirs: Tensor) -> bool:
 
 
 def _alike(forward: ForwardContext, a: slice, b: slice) -> bool:
-    numbers = (forward.alpha, forward.beta, forward.padding, forward.padding_as_text)
-    return all(t is None or t.shape[0] == 1 or torch.equal(t[a], t[b]) for t in numbers)
+    return all(t.shape[0] == 1 or torch.equal(t[a], t[b]) for t in _numbers(forward))
 
 
 def _cut_rows(t: Any, rows: slice) -> Any:

@@ -83,15 +83,13 @@ def check_network(patcher: Any) -> None:
 def own_class(kind: type) -> type:
     """A model's class, where FSDP (``fully_shard``) has put one of its own in its place: that has the same code, and is
     called for instance FSDPFlux. Shards are whole while the model runs."""
-    if not any(
-        base.__name__ == "FSDPModule" and base.__module__.startswith("torch.distributed") for base in kind.__mro__
-    ):
-        return kind
     return next(base for base in kind.__mro__ if not _is_of_fsdp(base))
 
 
 def _is_of_fsdp(kind: type) -> bool:
-    return any(base.__name__ == "FSDPModule" for base in kind.__mro__)
+    return any(
+        base.__name__ == "FSDPModule" and base.__module__.startswith("torch.distributed") for base in kind.__mro__
+    )
 
 
 def _unsupported(kind: type) -> ValueError:

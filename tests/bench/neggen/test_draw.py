@@ -83,9 +83,8 @@ def test_a_server_that_dies_and_comes_back(server, planned, monkeypatch):
     assert Counter(server for (server,) in planned._do("SELECT server FROM pictures")) == {server.address: 9}
 
 
-def test_two_servers_share_the_work(request, server, planned):
-    if not request.config.getoption("--long"):
-        pytest.skip("starts a second server; --long runs it")
+@pytest.mark.long
+def test_two_servers_share_the_work(server, planned):
     with new_server() as other:
         assert drawing.draw(planned, [server.address, other.address], depth=1) == 0
         asked = [one.log().count("got prompt") for one in (server, other)]

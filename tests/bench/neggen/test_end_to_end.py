@@ -21,11 +21,10 @@ def neggen(name, out, *more):
     return [sys.executable, str(BENCH), "neggen", name, "--out", str(out), *more]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_killed_twice_the_report_is_that_of_an_unbroken_run(request, tmp_path, tally):
-    """20 pairs, 2 seeds, 5 methods, 8 steps: 200 pictures of 174 graphs."""
-    if not request.config.getoption("--long"):
-        pytest.skip("some 8 minutes; --long runs it")
+def test_killed_twice_the_report_is_that_of_an_unbroken_run(tmp_path, tally):
+    """20 pairs, 2 seeds, 5 methods, 8 steps: 200 pictures of 174 graphs, in some 8 minutes."""
     reports = {}
     for name, kills in (("broken", (50, 120)), ("unbroken", ())):
         out = tmp_path / name

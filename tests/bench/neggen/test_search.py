@@ -60,10 +60,8 @@ def test_what_is_not_drawn_is_no_score(tmp_path):
         search(store, asked, 1, lambda: None)
 
 
-def test_killed_and_gone_on(request, tmp_path):
-    if not request.config.getoption("--long"):
-        pytest.skip("half a minute; --long runs it")
-    server = request.getfixturevalue("server")
+@pytest.mark.long
+def test_killed_and_gone_on(server, tmp_path):
     out, env = tmp_path / "out", {**os.environ, "PYTHONPATH": str(BENCH.parent)}
     command = [sys.executable, str(BENCH), "neggen", "search", "--out", str(out), "--server", server.address]
     command += ["--limit", "1", "--seeds", "1", "--fixed", "steps=2", "--trials", "4"]
